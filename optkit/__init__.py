@@ -1,0 +1,34 @@
+"""optkit compiles a PyTorch checkpoint to a fast inference engine and proves that it is still right."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from optkit.bundle import Bundle, load
+    from optkit.compile import compile, validate
+    from optkit.errors import OptkitError
+    from optkit.recipe import Recipe
+
+__version__ = "0.1.0"
+
+__all__ = ["Bundle", "OptkitError", "Recipe", "__version__", "compile", "load", "validate"]
+
+# Nothing heavy is imported before it is used: `import optkit` loads neither torch nor onnx
+_HOMES = {
+    "Bundle": "optkit.bundle",
+    "OptkitError": "optkit.errors",
+    "Recipe": "optkit.recipe",
+    "compile": "optkit.compile",
+    "load": "optkit.bundle",
+    "validate": "optkit.compile",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'optkit' has no attribute {name!r}")
+    value = getattr(importlib.import_module(_HOMES[name]), name)
+    globals()[name] = value
+    return value

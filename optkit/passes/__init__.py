@@ -1,0 +1,1 @@
+"""The passes. Each file holds one; its name is its ``use``."""

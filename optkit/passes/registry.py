@@ -1,0 +1,38 @@
+"""Which passes a recipe may use: the built-in ones, and those that installed packages add."""
+
+from __future__ import annotations
+
+from functools import cache
+from importlib.metadata import entry_points
+from typing import Any
+
+from optkit.errors import UnavailableError
+from optkit.passes.base import Pass
+from optkit.passes.build_engine import BuildEngine
+from optkit.passes.cast_float import CastBf16, CastFp16
+from optkit.passes.export_onnx import ExportOnnx
+from optkit.passes.optimize_graph import OptimizeGraph
+from optkit.passes.quantize_int8 import QuantizeInt8
+
+BUILT_IN: tuple[type[Pass[Any, Any]], ...] = (ExportOnnx, OptimizeGraph, CastFp16, CastBf16, QuantizeInt8, BuildEngine)
+
+ENTRY_POINTS = "optkit.passes"
+
+
+@cache
+def passes() -> dict[str, type[Pass[Any, Any]]]:
+    """Every pass by its ``use``. Third parties join through the entry-point group ``optkit.passes``."""
+    known = {step.model_fields["use"].default: step for step in BUILT_IN}
+    for entry in entry_points(group=ENTRY_POINTS):
+        step = entry.load()
+        if not (isinstance(step, type) and issubclass(step, Pass)):
+            raise UnavailableError(
+                f"the entry point {entry.name!r} of {ENTRY_POINTS} is not a Pass: uninstall its package"
+            )
+        name = step.model_fields["use"].default
+        if name in known:
+            raise UnavailableError(
+                f"the pass {name!r} of {entry.value} has the name of another pass: uninstall its package"
+            )
+        known[name] = step
+    return known

@@ -1,0 +1,134 @@
+"""The contract of a target: what its engine wants, how it is built, and how it is run."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict
+
+from optkit.context import Context
+from optkit.models import Engine, Feeds, OnnxModel, Signature
+
+
+@dataclass(frozen=True)
+class Availability:
+    """Whether something can be done on this machine; if not, why, and the command or step that would mend it."""
+
+    ok: bool
+    reason: str = ""
+    mend: str = ""
+
+
+@dataclass(frozen=True)
+class Int8Policy:
+    """What a target wants of an INT8 graph. ``quantize.placement`` turns it into Q/DQ pairs.
+
+    Attributes:
+        activations: dtype of quantized activations.
+        symmetric: whether the zero point of activations is the middle of their range.
+        rules: names of the placement rules, in order (``quantize/placement``).
+        float_type: the precision that layers left out of INT8 run in.
+    """
+
+    activations: Literal["uint8", "int8"]
+    symmetric: bool
+    rules: tuple[str, ...]
+    float_type: Literal["float32", "float16"] = "float32"
+
+
+@dataclass(frozen=True)
+class Dialect:
+    """The ONNX that a target's engine is built from.
+
+    Attributes:
+        int8: how INT8 is placed; None if the target has no INT8.
+        opsets: lowest and highest ai.onnx opset that it reads.
+        domains: op domains beside ai.onnx that it reads.
+        floats: float types that its kernels compute in.
+    """
+
+    int8: Int8Policy | None
+    opsets: tuple[int, int] = (13, 23)
+    domains: frozenset[str] = frozenset()
+    floats: frozenset[str] = frozenset({"float32"})
+
+
+@dataclass(frozen=True)
+class Environment:
+    """Where a runner ran: what is printed beside every latency."""
+
+    device: str
+    runtime: str
+    settings: dict[str, Any] = field(default_factory=dict)
+
+
+class Runner(Protocol):
+    """An opened model that runs. Close it, or use it as a context manager."""
+
+    signature: Signature
+    environment: Environment
+
+    def run(self, feeds: Feeds) -> dict[str, np.ndarray[Any, Any]]:
+        """Outputs by name for one batch of feeds."""
+
+    def time(self, feeds: Feeds, rounds: int) -> np.ndarray[Any, Any]:
+        """Seconds of each of ``rounds`` consecutive calls, float64[rounds]; the caller warms up."""
+
+    def close(self) -> None:
+        """Release what the runner holds."""
+
+    def __enter__(self) -> Runner: ...
+
+    def __exit__(self, *exc: object) -> None: ...
+
+
+class Target(BaseModel):
+    """What an engine is built for. Its fields are its YAML keys; ``name`` tells which target it is."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    name: Any
+
+    @property
+    def dialect(self) -> Dialect:
+        """The ONNX that this target wants."""
+        raise NotImplementedError
+
+    def can_build(self) -> Availability:
+        """Whether an engine can be built here."""
+        raise NotImplementedError
+
+    def can_run(self) -> Availability:
+        """Whether an engine can be run here."""
+        raise NotImplementedError
+
+    def build(self, model: OnnxModel, folder: Path, context: Context) -> Engine:
+        """Build the engine into ``folder``.
+
+        Raises:
+            UnavailableError: the target cannot build on this machine.
+            BuildError: the model cannot be built; the message names the ONNX node where the builder does.
+        """
+        raise NotImplementedError
+
+    def open(self, engine: Engine, threads: int) -> Runner:
+        """Open a built engine.
+
+        Raises:
+            UnavailableError: the engine cannot run on this machine; the message says why.
+        """
+        raise NotImplementedError
+
+    def versions(self) -> dict[str, str]:
+        """Versions of the tools that shape this target's engines, for the manifest."""
+        raise NotImplementedError
+
+
+def quote(names: Sequence[str]) -> str:
+    """Names for a message: ``'a', 'b' and 3 more``."""
+    shown = ", ".join(repr(name) for name in names[:5])
+    return shown if len(names) <= 5 else f"{shown} and {len(names) - 5} more"

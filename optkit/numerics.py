@@ -1,0 +1,102 @@
+"""How far two sets of outputs are apart: SQNR, cosine and the largest error, safe where values are not finite.
+
+For a reference ``r`` and an actual ``a``, flattened and in float64::
+
+    sqnr_db = 10 log10( sum r^2 / sum (r - a)^2 )      inf where they are equal
+    cosine  = r.a / (|r| |a|)                          1 where both are zero
+    max_abs = max |r - a|
+    max_rel = max |r - a| / max |r|                    of the tensor's largest value: elements near zero say little
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from optkit.errors import PostconditionError
+from optkit.models import Feeds
+
+Array = np.ndarray[Any, Any]
+
+
+@dataclass(frozen=True)
+class Difference:
+    """How far outputs are from their reference: every figure is that of the worst output.
+
+    Attributes:
+        sqnr_db: signal to noise ratio in dB; ``inf`` is equal, ``-inf`` is not finite where the reference is.
+        cosine: from -1 to 1; 0 where the actual is not finite and the reference is.
+        max_abs: the largest error.
+        max_rel: the largest error relative to the largest value of the reference.
+        nonfinite: how many values are NaN or infinite where the reference is not, or the reverse.
+        outputs: the same for each output.
+    """
+
+    sqnr_db: float
+    cosine: float
+    max_abs: float
+    max_rel: float
+    nonfinite: int = 0
+    outputs: Mapping[str, Difference] = field(default_factory=dict)
+
+    @property
+    def worst(self) -> str:
+        """The name of the output with the lowest SQNR; empty if this is a single output's difference."""
+        return min(self.outputs, key=lambda name: self.outputs[name].sqnr_db, default="")
+
+    def __str__(self) -> str:
+        text = f"SQNR {self.sqnr_db:.1f} dB, cosine {self.cosine:.6f}, max error {self.max_abs:.3g}"
+        text += f" ({self.max_rel:.2g} of the largest value)"
+        return text + (f", {self.nonfinite} values not finite" if self.nonfinite else "")
+
+
+def compare(reference: Feeds, actual: Feeds) -> Difference:
+    """Compare every output of ``reference`` with the one of the same name in ``actual``.
+
+    Raises:
+        PostconditionError: an output is missing or has another shape.
+    """
+    outputs: dict[str, Difference] = {}
+    for name, wanted in reference.items():
+        if name not in actual:
+            raise PostconditionError(f"the output {name!r} is missing; there are {', '.join(actual) or 'none'}")
+        if np.shape(actual[name]) != np.shape(wanted):
+            raise PostconditionError(
+                f"the output {name!r} has the shape {np.shape(actual[name])}, not {np.shape(wanted)}"
+            )
+        outputs[name] = _compare_arrays(np.asarray(wanted), np.asarray(actual[name]))
+    return Difference(
+        sqnr_db=min((d.sqnr_db for d in outputs.values()), default=math.inf),
+        cosine=min((d.cosine for d in outputs.values()), default=1.0),
+        max_abs=max((d.max_abs for d in outputs.values()), default=0.0),
+        max_rel=max((d.max_rel for d in outputs.values()), default=0.0),
+        nonfinite=sum(d.nonfinite for d in outputs.values()),
+        outputs=outputs,
+    )
+
+
+def _compare_arrays(reference: Array, actual: Array) -> Difference:
+    r, a = reference.astype(np.float64).ravel(), actual.astype(np.float64).ravel()
+    finite = np.isfinite(r) & np.isfinite(a)
+    same = (r == a) | (np.isnan(r) & np.isnan(a))
+    nonfinite = int(np.count_nonzero(~finite & ~same))
+    if nonfinite:
+        return Difference(-math.inf, 0.0, math.inf, math.inf, nonfinite)
+    # Infinities and NaN that agree (a mask of -inf) carry no error; the rest is judged without them
+    r, a = r[finite], a[finite]
+    error = np.abs(r - a)
+    signal, noise, other = float(r @ r), float(error @ error), float(a @ a)
+    largest = float(np.max(np.abs(r), initial=0.0))
+    max_abs = float(np.max(error, initial=0.0))
+    if noise == 0.0:
+        return Difference(math.inf, 1.0, 0.0, 0.0)
+    return Difference(
+        sqnr_db=10 * math.log10(signal / noise) if signal else -math.inf,
+        cosine=float(r @ a) / math.sqrt(signal * other) if signal and other else 0.0,
+        max_abs=max_abs,
+        max_rel=max_abs / largest if largest else math.inf,
+    )

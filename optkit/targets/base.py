@@ -11,6 +11,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict
 
 from optkit.context import Context
+from optkit.errors import UsageError, did_you_mean
 from optkit.models import Engine, Feeds, OnnxModel, Signature
 
 
@@ -126,6 +127,36 @@ class Target(BaseModel):
     def versions(self) -> dict[str, str]:
         """Versions of the tools that shape this target's engines, for the manifest."""
         raise NotImplementedError
+
+
+def check_feeds(signature: Signature, feeds: Feeds) -> None:
+    """Refuse feeds that are not what the signature says, before a runtime does so in its own words.
+
+    A named dimension may have any size, but the same one wherever its name stands.
+
+    Raises:
+        UsageError: a feed is missing or unknown, or its dtype or shape is another one.
+    """
+    known = [spec.name for spec in signature.inputs]
+    for name in feeds:
+        if name not in known:
+            raise UsageError(f"unknown input {name!r}: {did_you_mean(name, known)}")
+    sizes: dict[str, tuple[int, str]] = {}
+    for spec in signature.inputs:
+        if spec.name not in feeds:
+            raise UsageError(f"input {spec.name!r} is missing: the model takes {quote(known)}")
+        array = feeds[spec.name]
+        if array.dtype.name != spec.dtype or array.ndim != len(spec.shape):
+            raise UsageError(f"input {spec.name!r}: {spec} is wanted, not {_described(array)}")
+        for dim, size in zip(spec.shape, array.shape, strict=True):
+            wanted, origin = sizes.setdefault(dim, (size, spec.name)) if isinstance(dim, str) else (dim, spec.name)
+            if size != wanted:
+                why = f", and {dim} is {wanted} in {origin!r}" if origin != spec.name else ""
+                raise UsageError(f"input {spec.name!r}: {spec} is wanted, not {_described(array)}{why}")
+
+
+def _described(array: np.ndarray[Any, Any]) -> str:
+    return f"{array.dtype.name}[{','.join(map(str, array.shape))}]"
 
 
 def quote(names: Sequence[str]) -> str:

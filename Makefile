@@ -1,0 +1,49 @@
+# `make demo` and `make test` set everything up from nothing; they need Python 3.10 to 3.13 and pip, no root and no GPU.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+DATA := .data
+CONSTRAINTS := .ci/constraints.txt
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test check format bench schema data clean
+
+help: ## Show what there is to make
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
+
+# The stamp is new when the environment holds what pyproject.toml asks for
+$(VENV)/.ready: pyproject.toml $(CONSTRAINTS)
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --upgrade pip
+	$(BIN)/pip install --quiet --constraint $(CONSTRAINTS) --editable '.[dev]'
+	touch $@
+
+demo: $(VENV)/.ready ## Compile a trained digit classifier to INT8, validate it, and build a TensorRT-RTX engine too
+	$(BIN)/python calibration/fetch.py digits --to $(DATA)
+	rm -rf .out/digits-int8 .out/digits-int8-rtx
+	$(BIN)/optkit compile --recipe recipes/digits-int8.yaml --out .out/digits-int8
+	$(BIN)/optkit compile --recipe recipes/digits-int8-rtx.yaml --out .out/digits-int8-rtx
+
+data: $(VENV)/.ready ## Fetch every model and data set that the tests and benchmarks use (about 150 MB)
+	$(BIN)/python calibration/fetch.py all --to $(DATA)
+
+test: data ## Run the tests
+	$(BIN)/python -m pytest
+
+check: $(VENV)/.ready ## Lint, format check, types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(VENV)/.ready ## Format the code
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+bench: data ## Compare with onnxruntime.quantization on the same models, data and runtime
+	$(BIN)/python benchmarks/int8_vs_ort.py --out .out/bench
+
+schema: $(VENV)/.ready ## Write the JSON schema of recipes for editors
+	$(BIN)/optkit recipe schema > recipes/schema.json
+
+clean: ## Remove the environment, the data and every output
+	rm -rf $(VENV) $(DATA) .out build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

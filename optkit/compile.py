@@ -1,0 +1,156 @@
+"""The door: every way of using optkit makes a recipe and calls ``compile``."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import logging
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from optkit import bundle as bundles
+from optkit.bundle import Bundle
+from optkit.context import Context, Progress, silent
+from optkit.data import open_data, random_data
+from optkit.errors import GateError, OutputError, UsageError
+from optkit.models import OnnxModel
+from optkit.pipeline import run_passes
+from optkit.recipe import Recipe
+from optkit.source import load_model
+from optkit.validate import Report
+from optkit.validate import validate as judge
+
+if TYPE_CHECKING:
+    import torch
+
+log = logging.getLogger("optkit")
+
+
+def compile(
+    model: str | Path | torch.nn.Module | OnnxModel | None,
+    recipe: Recipe | str | Path,
+    out: str | Path,
+    *,
+    force: bool = False,
+    progress: Progress = silent,
+) -> Bundle:
+    """Run a recipe on a model and write the bundle to ``out`` if the gate passes.
+
+    Args:
+        model: path of a checkpoint, a PyTorch module (it is not changed), or None for the recipe's own checkpoint.
+        recipe: a recipe, the path of one, or a preset's name (``fp32``, ``fp16``, ``bf16``, ``int8``).
+        out: the folder to write; its name must be free, unless ``force`` is given and it is an optkit bundle.
+        force: replace the bundle that is at ``out``.
+        progress: draws a progress bar over long loops.
+
+    Returns:
+        The bundle, with its report and its verdict.
+
+    Raises:
+        GateError: the gate was missed or is inconclusive. Nothing is at ``out``; the whole result, report included,
+            is in the folder ``<out>.rejected``.
+        OptkitError: anything else that went wrong; nothing was left behind.
+    """
+    recipe = recipe if isinstance(recipe, Recipe) else Recipe.load(recipe)
+    out = Path(out)
+    _check_free(out, force)
+    if model is None and recipe.model.checkpoint is None:
+        raise UsageError("there is no model: name a checkpoint, or set model.checkpoint in the recipe")
+    with _staging(out) as folder, collected_warnings() as warnings, cpu_threads(recipe.threads) as threads:
+        data = open_data(recipe.data, recipe.seed) if recipe.data else None
+        loaded = load_model(model or recipe.model.checkpoint or "", recipe, data.inputs if data else ())
+        scratch = folder / "scratch"
+        scratch.mkdir()
+        context = Context(recipe.target, scratch, data, recipe.seed, threads, progress)
+        stages = run_passes(recipe.passes, loaded.model, context)
+        samples = data or random_data(loaded.model.signature, recipe.seed)
+        report = judge(stages, recipe, replace(context, data=samples))
+        report.document["warnings"] = warnings
+        report.document["passes"] = [{"name": stage.name, "seconds": stage.seconds} for stage in stages[1:]]
+        bundle = bundles.write(folder / "bundle", stages, recipe, report, loaded.provenance, data, threads)
+        if report.verdict.status != "passed":
+            rejected = out.with_name(out.name + ".rejected")
+            bundles.move(bundle.path, rejected, force=True)
+            raise GateError(f"{_verdict(report)} The result is in {rejected}; nothing was written to {out}")
+        bundles.move(bundle.path, out, force=force)
+    return bundles.load(out)
+
+
+def _verdict(report: Report) -> str:
+    what = {"missed": "the gate was missed", "inconclusive": "the gate is inconclusive"}[report.verdict.status]
+    return f"{what}: {' '.join(reason.rstrip('.') + '.' for reason in report.verdict.reasons)}"
+
+
+def _check_free(out: Path, force: bool) -> None:
+    if not out.exists() and not out.is_symlink():
+        return
+    if not force:
+        raise OutputError(f"{out} exists already: choose another --out, or replace it with --force")
+    if not bundles.is_bundle(out):
+        raise OutputError(f"{out} exists and is not an optkit bundle, so --force will not replace it: choose another --out")
+
+
+@contextlib.contextmanager
+def _staging(out: Path) -> Iterator[Path]:
+    """A folder beside ``out``, on the same file system, that is gone afterwards."""
+    parent = out.absolute().parent
+    while not parent.exists():
+        parent = parent.parent
+    try:
+        folder = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=parent))
+    except OSError as error:
+        raise OutputError(f"{out} cannot be written: {parent}: {error.strerror}; choose another --out") from error
+    try:
+        yield folder
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise OutputError(
+                f"{out} cannot be written: {error.strerror}; make room in {parent}, or choose another --out"
+            ) from error
+        raise
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def collected_warnings() -> Iterator[list[str]]:
+    """Collect what optkit logs as warnings, for the report."""
+    messages: list[str] = []
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = lambda record: messages.append(record.getMessage())  # type: ignore[method-assign]
+    log.addHandler(handler)
+    try:
+        yield messages
+    finally:
+        log.removeHandler(handler)
+
+
+@contextlib.contextmanager
+def cpu_threads(wanted: int | None) -> Iterator[int]:
+    """How many threads to use, set for PyTorch while the run lasts."""
+    import torch
+
+    threads = wanted or _physical_cores()
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        yield threads
+    finally:
+        torch.set_num_threads(before)
+
+
+def _physical_cores() -> int:
+    """Physical cores that this process may use: a second thread on a core slows matrix kernels down."""
+    if not hasattr(os, "sched_getaffinity"):
+        return os.cpu_count() or 1
+    allowed = os.sched_getaffinity(0)
+    siblings = set()
+    for cpu in allowed:
+        topology = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list")
+        siblings.add(topology.read_text() if topology.exists() else str(cpu))
+    return max(1, len(siblings))

@@ -195,7 +195,9 @@ def load(path: str | Path) -> Bundle:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UsageError(f"{path}: not an optkit bundle: its manifest.json cannot be read ({error})") from error
     if found != FORMAT_VERSION:
-        raise UsageError(f"{path}: bundle format {found}, but this optkit reads format {FORMAT_VERSION}: compile it again")
+        raise UsageError(
+            f"{path}: bundle format {found}, but this optkit reads format {FORMAT_VERSION}: compile it again"
+        )
     return Bundle(path, manifest)
 
 
@@ -285,7 +287,10 @@ def _check_versions(bundle: Bundle) -> list[Problem]:
         built = bundle.manifest["versions"].get(package)
         if built is not None and built != found:
             problems.append(
-                Problem(f"the engine was built by {package} {built}, but {found} is here", f"{_AGAIN}, or install {package}=={built}")
+                Problem(
+                    f"the engine was built by {package} {built}, but {found} is here",
+                    f"{_AGAIN}, or install {package}=={built}",
+                )
             )
     return problems
 

@@ -92,7 +92,9 @@ def _check_free(out: Path, force: bool) -> None:
     if not force:
         raise OutputError(f"{out} exists already: choose another --out, or replace it with --force")
     if not bundles.is_bundle(out):
-        raise OutputError(f"{out} exists and is not an optkit bundle, so --force will not replace it: choose another --out")
+        raise OutputError(
+            f"{out} exists and is not an optkit bundle, so --force will not replace it: choose another --out"
+        )
 
 
 @contextlib.contextmanager

@@ -93,7 +93,7 @@ def _explain(cls: type[BaseModel], detail: ErrorDetails, origin: str, lines: dic
         known = [tag.strip().strip("'") for tag in str(ctx["expected_tags"]).split(",")]
         return f"{where}: {_dotted(loc)}: {ctx['tag']!r} is unknown, {did_you_mean(ctx['tag'], known)}"
     if detail["type"] == "missing":
-        return f"{where}: the key {_dotted(detail['loc'])} is missing"
+        return f"{where}: the key {_dotted((*loc, name) if loc[-1:] != (name,) else loc)} is missing"
     message = detail["msg"].removeprefix("Value error, ")
     message = message[:1].lower() + message[1:]
     return f"{where}: {_dotted(loc)}: {message}" if loc else f"{where}: {message}"

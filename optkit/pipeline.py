@@ -77,6 +77,12 @@ def _run(step: Pass[Any, Any], stages: Sequence[Stage], context: Context) -> Mod
         if isinstance(error, PassError):
             raise type(error)(f"{step.use}: {error} (passes done before it: {done})") from error
         raise
+    except MemoryError as error:
+        raise PassError(
+            f"{step.use}: out of memory (passes done before it: {done}); use a machine with more"
+        ) from error
+    except OSError:
+        raise  # a full disk is no bug of the pass: compile() explains it
     except Exception as error:
         raise PassError(
             f"{step.use}: {type(error).__name__}: {error} (passes done before it: {done}); "

@@ -54,13 +54,80 @@ class Difference:
         return text + (f", {self.nonfinite} values not finite" if self.nonfinite else "")
 
 
+@dataclass(frozen=True)
+class Sums:
+    """What the difference of one output is made of: the sums of two batches add up to those of both together."""
+
+    signal: float = 0.0
+    noise: float = 0.0
+    other: float = 0.0
+    product: float = 0.0
+    largest: float = 0.0
+    max_abs: float = 0.0
+    nonfinite: int = 0
+
+    @classmethod
+    def of(cls, reference: Array, actual: Array) -> Sums:
+        """The sums over every element of two arrays of one shape."""
+        r, a = reference.astype(np.float64).ravel(), actual.astype(np.float64).ravel()
+        finite = np.isfinite(r) & np.isfinite(a)
+        same = (r == a) | (np.isnan(r) & np.isnan(a))
+        # Infinities and NaN that agree (a mask of -inf) carry no error; the rest is judged without them
+        nonfinite = int(np.count_nonzero(~finite & ~same))
+        r, a = r[finite], a[finite]
+        error = np.abs(r - a)
+        return cls(
+            signal=float(r @ r),
+            noise=float(error @ error),
+            other=float(a @ a),
+            product=float(r @ a),
+            largest=float(np.max(np.abs(r), initial=0.0)),
+            max_abs=float(np.max(error, initial=0.0)),
+            nonfinite=nonfinite,
+        )
+
+    def __add__(self, more: Sums) -> Sums:
+        return Sums(
+            signal=self.signal + more.signal,
+            noise=self.noise + more.noise,
+            other=self.other + more.other,
+            product=self.product + more.product,
+            largest=max(self.largest, more.largest),
+            max_abs=max(self.max_abs, more.max_abs),
+            nonfinite=self.nonfinite + more.nonfinite,
+        )
+
+    @property
+    def difference(self) -> Difference:
+        """The figures of this one output."""
+        if self.nonfinite:
+            return Difference(-math.inf, 0.0, math.inf, math.inf, self.nonfinite)
+        if self.noise == 0.0:
+            return Difference(math.inf, 1.0, 0.0, 0.0)
+        return Difference(
+            sqnr_db=10 * math.log10(self.signal / self.noise) if self.signal else -math.inf,
+            cosine=self.product / math.sqrt(self.signal * self.other) if self.signal and self.other else 0.0,
+            max_abs=self.max_abs,
+            max_rel=self.max_abs / self.largest if self.largest else math.inf,
+        )
+
+
 def compare(reference: Feeds, actual: Feeds) -> Difference:
     """Compare every output of ``reference`` with the one of the same name in ``actual``.
 
     Raises:
         PostconditionError: an output is missing or has another shape.
     """
-    outputs: dict[str, Difference] = {}
+    return difference(sums(reference, actual))
+
+
+def sums(reference: Feeds, actual: Feeds) -> dict[str, Sums]:
+    """What ``difference`` needs, by output: for comparisons that are too long to keep their outputs.
+
+    Raises:
+        PostconditionError: an output is missing or has another shape.
+    """
+    found: dict[str, Sums] = {}
     for name, wanted in reference.items():
         if name not in actual:
             raise PostconditionError(f"the output {name!r} is missing; there are {', '.join(actual) or 'none'}")
@@ -68,7 +135,13 @@ def compare(reference: Feeds, actual: Feeds) -> Difference:
             raise PostconditionError(
                 f"the output {name!r} has the shape {np.shape(actual[name])}, not {np.shape(wanted)}"
             )
-        outputs[name] = _compare_arrays(np.asarray(wanted), np.asarray(actual[name]))
+        found[name] = Sums.of(np.asarray(wanted), np.asarray(actual[name]))
+    return found
+
+
+def difference(sums: Mapping[str, Sums]) -> Difference:
+    """The difference over all outputs, each with its own figures in ``outputs``."""
+    outputs = {name: found.difference for name, found in sums.items()}
     return Difference(
         sqnr_db=min((d.sqnr_db for d in outputs.values()), default=math.inf),
         cosine=min((d.cosine for d in outputs.values()), default=1.0),
@@ -76,27 +149,4 @@ def compare(reference: Feeds, actual: Feeds) -> Difference:
         max_rel=max((d.max_rel for d in outputs.values()), default=0.0),
         nonfinite=sum(d.nonfinite for d in outputs.values()),
         outputs=outputs,
-    )
-
-
-def _compare_arrays(reference: Array, actual: Array) -> Difference:
-    r, a = reference.astype(np.float64).ravel(), actual.astype(np.float64).ravel()
-    finite = np.isfinite(r) & np.isfinite(a)
-    same = (r == a) | (np.isnan(r) & np.isnan(a))
-    nonfinite = int(np.count_nonzero(~finite & ~same))
-    if nonfinite:
-        return Difference(-math.inf, 0.0, math.inf, math.inf, nonfinite)
-    # Infinities and NaN that agree (a mask of -inf) carry no error; the rest is judged without them
-    r, a = r[finite], a[finite]
-    error = np.abs(r - a)
-    signal, noise, other = float(r @ r), float(error @ error), float(a @ a)
-    largest = float(np.max(np.abs(r), initial=0.0))
-    max_abs = float(np.max(error, initial=0.0))
-    if noise == 0.0:
-        return Difference(math.inf, 1.0, 0.0, 0.0)
-    return Difference(
-        sqnr_db=10 * math.log10(signal / noise) if signal else -math.inf,
-        cosine=float(r @ a) / math.sqrt(signal * other) if signal and other else 0.0,
-        max_abs=max_abs,
-        max_rel=max_abs / largest if largest else math.inf,
     )

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from optkit.errors import PostconditionError
-from optkit.numerics import compare
+from optkit.numerics import compare, difference, sums
 
 
 def test_equal_outputs_are_infinitely_close():
@@ -51,3 +51,14 @@ def test_a_missing_output_or_another_shape_is_an_error():
         compare({"y": np.ones(1)}, {"z": np.ones(1)})
     with pytest.raises(PostconditionError, match=r"'y' has the shape \(2,\), not \(1,\)"):
         compare({"y": np.ones(1)}, {"y": np.ones(2)})
+
+
+def test_the_sums_of_batches_are_the_difference_of_everything() -> None:
+    rng = np.random.default_rng(0)
+    reference = rng.normal(size=(12, 5))
+    actual = reference + rng.normal(scale=1e-3, size=reference.shape)
+    halves = [sums({"y": reference[rows]}, {"y": actual[rows]})["y"] for rows in (slice(0, 7), slice(7, 12))]
+    together, whole = difference({"y": halves[0] + halves[1]}), compare({"y": reference}, {"y": actual})
+    assert together.sqnr_db == pytest.approx(whole.sqnr_db, rel=1e-12)
+    assert together.cosine == pytest.approx(whole.cosine, rel=1e-12)
+    assert (together.max_abs, together.max_rel) == (whole.max_abs, whole.max_rel)

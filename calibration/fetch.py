@@ -10,7 +10,6 @@ package's file through ``--deb``.
 from __future__ import annotations
 
 import argparse
-import csv
 import gzip
 import hashlib
 import io
@@ -288,7 +287,7 @@ def _fit(head: torch.nn.Linear, features: torch.Tensor, labels: torch.Tensor) ->
 
 # --- the command -----------------------------------------------------------------------------------------------------
 
-SETS: dict[str, Callable[[Path, Path, "Options"], None]] = {
+SETS: dict[str, Callable[[Path, Path, Options], None]] = {
     "digits": digits,
     "fashion": fashion,
     "efficientnet": efficientnet,

@@ -11,10 +11,7 @@ class DigitCnn(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        widths = (1, 32, 64, 128)
-        self.conv_layers = nn.Sequential(
-            *(layer for pair in zip(widths, widths[1:]) for layer in _stage(*pair))  # noqa: B905 (one shorter)
-        )
+        self.conv_layers = nn.Sequential(*_stage(1, 32), *_stage(32, 64), *_stage(64, 128))
         self.fc_layers = nn.Sequential(nn.Linear(128 * 3 * 3, 256), nn.ReLU(), nn.Linear(256, 10))
 
     def forward(self, image: torch.Tensor) -> torch.Tensor:

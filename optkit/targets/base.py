@@ -30,15 +30,31 @@ class Int8Policy:
 
     Attributes:
         activations: dtype of quantized activations.
-        symmetric: whether the zero point of activations is the middle of their range.
+        symmetric: whether the zero point of activations is 0 and their range reaches as far down as up.
         rules: names of the placement rules, in order (``quantize/placement``).
+        bias: whether biases are INT32 behind a DequantizeLinear, or stay float.
         float_type: the precision that layers left out of INT8 run in.
     """
 
     activations: Literal["uint8", "int8"]
     symmetric: bool
     rules: tuple[str, ...]
+    bias: Literal["int32", "float"] = "float"
     float_type: Literal["float32", "float16"] = "float32"
+
+
+ORT_CPU = Int8Policy(
+    "uint8", False, ("conv_in_out", "linear_inputs", "add_both_sides", "pool_in_out", "pass_through"), bias="int32"
+)
+"""ONNX Runtime's CPU kernels: QLinearConv forms only between quantized tensors, and U8S8 is the fast product."""
+
+TENSORRT = Int8Policy(
+    "int8",
+    True,
+    ("small_kernels_float", "head_float", "weighted_inputs", "skip_branch", "concat_one_scale"),
+    float_type="float16",
+)
+"""TensorRT: symmetric, inputs only, so that convolution, addition and activation become one INT8 kernel."""
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ import numpy as np
 from optkit.context import Context
 from optkit.errors import UnavailableError
 from optkit.models import Engine, Feeds, OnnxModel, Signature
-from optkit.targets.base import Availability, Dialect, Environment, Int8Policy, Target
+from optkit.targets.base import ORT_CPU, Availability, Dialect, Environment, Target
 
 
 class OrtRunner:
@@ -78,7 +78,7 @@ class OnnxRuntimeTarget(Target):
     @property
     def dialect(self) -> Dialect:
         """UINT8 activations, convolutions quantized in and out, matrix products on their inputs only."""
-        return Dialect(int8=Int8Policy("uint8", False, ("onnxruntime",)), domains=frozenset({"com.microsoft"}))
+        return Dialect(int8=ORT_CPU, domains=frozenset({"com.microsoft"}))
 
     def can_build(self) -> Availability:
         """Whether onnxruntime is installed."""

@@ -22,7 +22,7 @@ class Square(Strict):
 class Drawing(Strict):
     title: str = ""
     shapes: tuple[Annotated[Circle | Square, Field(discriminator="kind")], ...] = ()
-    by_name: dict[str, Square] = {}
+    by_name: dict[str, Square] = Field(default_factory=dict)
 
 
 def refusal(text: str) -> str:

@@ -1,0 +1,1 @@
+"""Reports for readers, made from the validator's document."""

@@ -1,0 +1,152 @@
+"""The report as plain text, at most 100 columns wide."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+WIDTH = 100
+
+Document = Mapping[str, Any]
+
+
+def render(document: Document) -> str:
+    """The summary of a report: verdict, accuracy, stages, latency, warnings; of parts that are missing, nothing."""
+    parts = (_verdict, _accuracy, _stages, _latency, _passes, _warnings)
+    blocks = ["\n".join(_fit(line) for line in part(document)) for part in parts]
+    return "\n\n".join(block for block in blocks if block) + "\n"
+
+
+def _verdict(document: Document) -> Iterator[str]:
+    verdict = document.get("verdict")
+    if verdict is None:
+        return
+    yield f"{document.get('recipe', 'report')}: {verdict['status'].upper()}"
+    for reason in verdict["reasons"]:
+        yield from _wrapped(reason)
+    candidate = document.get("candidate", {})
+    if candidate.get("why_not"):
+        yield from _wrapped(f"The engine did not run on this machine: {candidate['why_not']}")
+        yield from _wrapped(f"What was validated instead: {candidate['what']}.")
+
+
+def _accuracy(document: Document) -> Iterator[str]:
+    accuracy = document.get("accuracy")
+    if accuracy is None:
+        return
+    yield f"Accuracy: {accuracy['metric']} on {accuracy['n']} samples"
+    if accuracy["broken"]:
+        yield from _wrapped(accuracy["broken"])
+        return
+    confidence = f"{100 * accuracy['confidence']:g} % interval"
+    baselines = {accuracy["reference"]: {**accuracy, "score": accuracy["baseline"]}, **accuracy["others"]}
+    rows = [
+        [name, _points(found["score"]), _points(found["drop_points"], 1), _interval(found["interval"], 2)]
+        for name, found in baselines.items()
+    ]
+    rows.append([document["candidate"]["name"], _points(accuracy["candidate"]), "", ""])
+    yield from _table(["", "score", "drop of the candidate", confidence], rows)
+    yield f"  ({accuracy['method']})"
+    outputs = [[name, *_error(error)] for name, error in accuracy["per_output"].items()]
+    yield from _table([f"output, against {accuracy['reference']}", "SQNR dB", "cosine", "max error"], outputs)
+
+
+def _stages(document: Document) -> Iterator[str]:
+    stages = document.get("stages")
+    if not stages:
+        return
+    yield "Stages, against the checkpoint"
+    rows = []
+    for stage in stages:
+        error = _error(stage["error"]) if stage["error"] else ["did not run", "", ""]
+        wanted = f"{stage['tolerance']['sqnr_db']:g} dB, {stage['tolerance']['cosine']:g}"
+        within = {True: "yes", False: "NO", None: "-"}[stage["within"]]
+        rows.append([stage["name"], stage["precision"], *error, wanted, within])
+    yield from _table(["stage", "precision", "SQNR dB", "cosine", "max error", "tolerance", "within"], rows)
+
+
+def _latency(document: Document) -> Iterator[str]:
+    latency = document.get("latency")
+    if latency is None:
+        return
+    sizes = ", ".join(f"{dim}={size}" for dim, size in latency["sizes"].items())
+    yield f"Latency in ms: batch {latency['batch']}{f' ({sizes})' if sizes else ''}, {latency['feeds']}, " + (
+        f"{latency['rounds']} interleaved rounds"
+    )
+    rows = [[name, *_timing(timed)] for name, timed in latency["runners"].items()]
+    yield from _table(["", "p50", "p90", "p95", "p99", "mean", "CoV", "samples/s", "calls"], rows)
+    candidate = document["candidate"]["name"]
+    for name, ratio in latency["ratios"].items():
+        found = f"{ratio['ratio']:.2f} times as fast as {name}, {_interval(ratio['interval'], 2)}: {ratio['verdict']}"
+        yield from _wrapped(f"{candidate}: {found}")
+    for name, timed in latency["runners"].items():
+        settings = ", ".join(f"{key} {value}" for key, value in timed["settings"].items())
+        yield from _wrapped(f"{name}: {timed['runtime']} on {timed['device']}{f', {settings}' if settings else ''}")
+    load = latency["load_average"]
+    if load["before"] is not None:
+        yield f"  load average {load['before']:.1f} before, {load['after']:.1f} after"
+
+
+def _passes(document: Document) -> Iterator[str]:
+    passes = document.get("passes")
+    if passes:
+        yield from _wrapped("Passes: " + ", ".join(f"{step['name']} {step['seconds']:.1f} s" for step in passes), "")
+
+
+def _warnings(document: Document) -> Iterator[str]:
+    warnings = document.get("warnings")
+    if not warnings:
+        return
+    yield "Warnings"
+    for warning in warnings:
+        yield from _wrapped(f"- {warning}")
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[str]:
+    """Columns as wide as their widest cell; the first to the left, the others to the right."""
+    if not rows:
+        return
+    columns = list(zip(header, *rows, strict=True))
+    widths = [max(map(len, column)) for column in columns]
+    for row in [header, *rows]:
+        cells = [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]
+        yield "  " + "  ".join(cells).rstrip()
+
+
+def _wrapped(text: str, indent: str = "  ") -> list[str]:
+    return textwrap.wrap(text, WIDTH, initial_indent=indent, subsequent_indent=indent + "  ", break_on_hyphens=False)
+
+
+def _fit(line: str) -> str:
+    return line if len(line) <= WIDTH else line[: WIDTH - 1] + "…"
+
+
+def _points(score: float | None, factor: float = 100) -> str:
+    return "-" if score is None else f"{factor * score:.2f}"
+
+
+def _interval(limits: Sequence[float | None] | None, digits: int) -> str:
+    if limits is None or limits[0] is None or limits[1] is None:
+        return "-"
+    return f"[{limits[0]:.{digits}f}, {limits[1]:.{digits}f}]"
+
+
+def _error(error: Document) -> list[str]:
+    if error["equal"]:
+        return ["equal", "1", "0"]
+    return [
+        "-" if error["sqnr_db"] is None else f"{error['sqnr_db']:.1f}",
+        "-" if error["cosine"] is None else f"{error['cosine']:.6f}",
+        "not finite" if error["max_abs"] is None else f"{error['max_abs']:.3g}",
+    ]
+
+
+def _timing(timed: Document) -> list[str]:
+    percentiles = [_ms(timed[f"p{q}_ms"]) for q in (50, 90, 95, 99)]
+    spread, rate = f"{100 * timed['cov']:.0f} %", f"{timed['throughput_per_s']:.1f}"
+    return [*percentiles, _ms(timed["mean_ms"]), spread, rate, str(timed["calls"])]
+
+
+def _ms(milliseconds: float | None) -> str:
+    return "-" if milliseconds is None else f"{milliseconds:.4g}"

@@ -1,0 +1,290 @@
+"""Runs the whole comparison and puts everything that was measured into one JSON-serializable document."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+import os
+import platform
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from optkit.context import Context
+from optkit.data import Data
+from optkit.errors import DataError, UnavailableError
+from optkit.models import Engine, OnnxModel, Signature, TorchModel
+from optkit.numerics import Difference
+from optkit.pipeline import Stage
+from optkit.recipe import Gate, Recipe, ValidationSettings
+from optkit.targets.base import Runner
+from optkit.targets.onnxruntime import open_onnx
+from optkit.targets.pytorch import open_torch
+from optkit.validate.accuracy import Accuracy, batch_size_for, measure_accuracy, whole_batches
+from optkit.validate.contest import Contest, Entrant
+from optkit.validate.gate import Verdict, judge
+from optkit.validate.latency import latency_document, measure_latency
+from optkit.validate.stages import TOLERANCES, StageError, compare_stages, first_past_tolerance, precision_of
+from optkit.validate.statistics import Interval
+
+log = logging.getLogger("optkit.validate")
+
+SCHEMA_VERSION = 1
+
+PYTORCH, ONNX, ENGINE, STAND_IN = "PyTorch", "FP32 ONNX", "engine", "ONNX (not the engine)"
+"""How reports name the entrants of a recipe's validation."""
+
+
+@dataclass(frozen=True)
+class Report:
+    """What the validator found.
+
+    Attributes:
+        verdict: the gate's answer.
+        document: everything, JSON-serializable: numbers, raw latency samples, settings.
+    """
+
+    verdict: Verdict
+    document: dict[str, Any]
+
+
+def validate(stages: Sequence[Stage], recipe: Recipe, context: Context) -> Report:
+    """Validate what a recipe's passes made.
+
+    The baselines are the PyTorch checkpoint, if there is one, and the ONNX model that was exported or came in. The
+    candidate is the engine; if it cannot run on this machine, the ONNX model that it was built from stands in for it,
+    and the report says so.
+
+    Args:
+        stages: the checkpoint first, the engine (or the last ONNX model) last.
+        recipe: its ``validation``, ``gate`` and ``target``.
+        context: the data, the seed, the threads.
+
+    Raises:
+        CheckpointError: the checkpoint itself gives NaN.
+        DataError: there are no validation samples.
+    """
+    data, settings = _data(context), recipe.validation
+    with contextlib.ExitStack() as opened, _warnings() as warnings:
+        contest = _contest(stages, recipe, context, opened)
+        engine = contest.candidate.runner if contest.candidate.name == ENGINE else None
+        size = batch_size_for(contest.signature, settings.batch_size)
+        few = list(whole_batches(data, contest.signature, size, settings.stage_samples))
+        errors = compare_stages(stages, few, context, engine, contest.why_not)
+        report = compare_entrants(contest, context, settings, recipe.gate, recipe.name, errors)
+    report.document["warnings"] = warnings
+    return report
+
+
+def compare_entrants(
+    contest: Contest,
+    context: Context,
+    settings: ValidationSettings,
+    gate: Gate,
+    name: str = "comparison",
+    stages: Sequence[StageError] = (),
+) -> Report:
+    """Compare runners that are already open: accuracy, latency, gate.
+
+    Args:
+        contest: the entrants.
+        context: the data, the seed, the threads.
+        settings: how much is measured.
+        gate: what must hold.
+        name: what the report calls the comparison.
+        stages: the error of each stage of the pipeline, if there was one.
+    """
+    data = _data(context)
+    with _warnings() as warnings:
+        accuracy = measure_accuracy(contest, data, context, settings.batch_size, settings.samples, gate.confidence)
+        latency = measure_latency(contest, data, context, settings.latency, gate.confidence)
+        verdict = judge(contest, accuracy, latency, gate)
+        past = first_past_tolerance(stages)
+        _warn(contest, accuracy, data, past)
+    document = {
+        "schema_version": SCHEMA_VERSION,
+        "recipe": name,
+        "model": _signature_document(contest.signature),
+        "samples": {"count": accuracy.samples, **data.fingerprint("validation")},
+        "candidate": {
+            "name": contest.candidate.name,
+            "what": contest.what,
+            "engine_ran": contest.why_not is None,
+            "why_not": contest.why_not,
+        },
+        "accuracy": _accuracy_document(contest, accuracy, gate),
+        "stages": [_stage_document(stage) for stage in stages],
+        "first_past_tolerance": past.name if past else None,
+        "latency": latency_document(latency, settings.latency),
+        "gate": gate.model_dump(mode="json"),
+        "verdict": {"status": verdict.status, "reasons": list(verdict.reasons)},
+        "warnings": warnings,
+        "environment": _environment_document(contest, context),
+    }
+    return Report(verdict, document)
+
+
+def _data(context: Context) -> Data:
+    if context.data is None:
+        raise DataError(
+            "there is nothing to validate on: add a `data:` section to the recipe, or hand over random data"
+        )
+    return context.data
+
+
+def _contest(stages: Sequence[Stage], recipe: Recipe, context: Context, opened: contextlib.ExitStack) -> Contest:
+    onnx_models = [stage.model for stage in stages if isinstance(stage.model, OnnxModel)]
+    baselines = []
+    if isinstance(stages[0].model, TorchModel):
+        baselines.append(Entrant(PYTORCH, opened.enter_context(open_torch(stages[0].model, context.threads))))
+    precision = precision_of(onnx_models[0])
+    rival = ONNX if precision == "float32" else f"ONNX as given ({precision})"
+    baselines.append(Entrant(rival, opened.enter_context(open_onnx(onnx_models[0], context.threads))))
+    candidate, what, why_not = _candidate(stages[-1].model, onnx_models[-1], recipe, context)
+    opened.enter_context(candidate.runner)
+    return Contest(tuple(baselines), candidate, rival, what, why_not)
+
+
+def _candidate(last: Any, source: OnnxModel, recipe: Recipe, context: Context) -> tuple[Entrant, str, str | None]:
+    """Who is judged, what that is, and why it is not the engine, if it is not."""
+    precision = precision_of(source)
+    if not isinstance(last, Engine):
+        return Entrant("ONNX", open_onnx(source, context.threads)), f"{precision} ONNX on ONNX Runtime", None
+    try:
+        runner: Runner = recipe.target.open(last, context.threads)
+    except UnavailableError as error:
+        what = f"the {precision} ONNX model that the {last.target} engine was built from, on ONNX Runtime"
+        return Entrant(STAND_IN, open_onnx(source, context.threads)), what, str(error)
+    return Entrant(ENGINE, runner), f"{precision} engine for {last.target}", None
+
+
+def _warn(contest: Contest, accuracy: Accuracy, data: Data, past: StageError | None) -> None:
+    if contest.why_not is not None:
+        log.warning(
+            "the engine did not run here (%s): accuracy and latency are those of %s", contest.why_not, contest.what
+        )
+    if data.fingerprint("validation").get("source") == "random":
+        log.warning("the inputs are random numbers, which prove little: give the recipe data of the model's own kind")
+    elif not accuracy.labelled:
+        log.warning(
+            "%s looks at no labels: it tells how alike the outputs are, not how right they are", accuracy.metric
+        )
+    if past is not None and past.error is not None:
+        tolerance = TOLERANCES[past.precision]
+        log.warning(
+            "stage %s is the first past tolerance for %s: SQNR %.1f dB (%g wanted), cosine %.5f (%g wanted)%s",
+            past.name,
+            past.precision,
+            past.error.sqnr_db,
+            tolerance.sqnr_db,
+            past.error.cosine,
+            tolerance.cosine,
+            f", worst in output {past.error.worst!r}" if len(past.error.outputs) > 1 else "",
+        )
+
+
+@contextlib.contextmanager
+def _warnings() -> Iterator[list[str]]:
+    """What the validator warns of; the same goes to the log."""
+    messages: list[str] = []
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = lambda record: messages.append(record.getMessage())  # type: ignore[method-assign]
+    log.addHandler(handler)
+    try:
+        yield messages
+    finally:
+        log.removeHandler(handler)
+
+
+def _signature_document(signature: Signature) -> dict[str, Any]:
+    return {
+        "inputs": {spec.name: str(spec) for spec in signature.inputs},
+        "outputs": {spec.name: str(spec) for spec in signature.outputs},
+    }
+
+
+def _accuracy_document(contest: Contest, accuracy: Accuracy, gate: Gate) -> dict[str, Any]:
+    reference, candidate = contest.reference.name, contest.candidate.name
+    drop = accuracy.drops.get(reference)
+    return {
+        "metric": accuracy.metric,
+        "labelled": accuracy.labelled,
+        "n": accuracy.samples,
+        "reference": reference,
+        "baseline": _finite(accuracy.scores.get(reference)),
+        "candidate": _finite(accuracy.scores.get(candidate)),
+        "confidence": gate.confidence,
+        **(_drop_document(drop) if drop else {"drop_points": None, "interval": None, "method": None}),
+        "others": {
+            baseline.name: {
+                "score": _finite(accuracy.scores[baseline.name]),
+                **_drop_document(accuracy.drops[baseline.name]),
+            }
+            for baseline in contest.baselines[1:]
+            if baseline.name in accuracy.drops
+        },
+        "broken": accuracy.broken,
+        "per_output": _outputs_document(accuracy.outputs) if accuracy.outputs else {},
+    }
+
+
+def _drop_document(drop: Interval) -> dict[str, Any]:
+    return {
+        "drop_points": _finite(100 * drop.estimate),
+        "interval": [_finite(100 * drop.low), _finite(100 * drop.high)],
+        "method": drop.method,
+    }
+
+
+def _stage_document(stage: StageError) -> dict[str, Any]:
+    tolerance = TOLERANCES[stage.precision]
+    return {
+        "name": stage.name,
+        "precision": stage.precision,
+        "tolerance": {"sqnr_db": tolerance.sqnr_db, "cosine": tolerance.cosine},
+        "within": stage.within,
+        "why_not": stage.why_not,
+        "error": _difference_document(stage.error) if stage.error else None,
+        "per_output": _outputs_document(stage.error) if stage.error else {},
+    }
+
+
+def _outputs_document(error: Difference) -> dict[str, Any]:
+    return {name: _difference_document(output) for name, output in error.outputs.items()}
+
+
+def _difference_document(error: Difference) -> dict[str, Any]:
+    """JSON has no infinity: an SQNR of null is told apart by ``equal``."""
+    return {
+        "equal": error.sqnr_db == math.inf,
+        "sqnr_db": _finite(error.sqnr_db),
+        "cosine": _finite(error.cosine),
+        "max_abs": _finite(error.max_abs),
+        "max_rel": _finite(error.max_rel),
+        "nonfinite": error.nonfinite,
+    }
+
+
+def _finite(value: float | None) -> float | None:
+    return float(value) if value is not None and math.isfinite(value) else None
+
+
+def _environment_document(contest: Contest, context: Context) -> dict[str, Any]:
+    runners: Mapping[str, Runner] = {entrant.name: entrant.runner for entrant in contest.entrants}
+    return {
+        "python": platform.python_version(),
+        "system": platform.platform(),
+        "machine": platform.machine(),
+        "cpus": os.cpu_count(),
+        "threads": context.threads,
+        "seed": context.seed,
+        "runners": {
+            name: {
+                "device": runner.environment.device,
+                "runtime": runner.environment.runtime,
+                "settings": dict(runner.environment.settings),
+            }
+            for name, runner in runners.items()
+        },
+    }

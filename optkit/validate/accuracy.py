@@ -11,6 +11,7 @@ import numpy as np
 from optkit.context import Context
 from optkit.data import Batch, Data, Metric
 from optkit.errors import CheckpointError, DataError
+from optkit.metrics import Cosine
 from optkit.models import Feeds, Signature
 from optkit.numerics import Array, Difference, Sums, difference, sums
 from optkit.validate.contest import Contest
@@ -149,12 +150,11 @@ def _first_sample(bad: Array, seen: int, size: int) -> str:
 
 def _drop(metric: Metric, baseline: Array, candidate: Array, confidence: float, context: Context) -> Interval:
     rng = context.rng("validate accuracy")
-    if not metric.needs_labels and np.array_equal(baseline, candidate):
+    if not metric.per_sample:
+        return paired_metric(metric.score, baseline, candidate, confidence, rng)
+    if isinstance(metric, Cosine) and np.array_equal(baseline, candidate):
         return identical(len(baseline))
-    if getattr(metric, "per_sample", False):
-        scores = [np.array([metric.score(row[None]) for row in rows]) for rows in (baseline, candidate)]
-        return paired_scores(scores[0], scores[1], confidence, rng)
-    return paired_metric(metric.score, baseline, candidate, confidence, rng)
+    return paired_scores(baseline, candidate, confidence, rng)
 
 
 def _count(data: Data, samples: int | None) -> int | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -111,10 +111,21 @@ def precision_of(model: Model) -> str:
         return "float32"
     if any(node.op_type in _INT8_OPS for node in model.ir.graph.all_nodes()):
         return "int8"
-    values = [*model.ir.graph.initializers.values()]
-    values += [value for node in model.ir.graph.all_nodes() for value in node.outputs]
-    dtypes = {value.dtype.name for value in values if value.dtype is not None}
-    return "bfloat16" if "BFLOAT16" in dtypes else "float16" if "FLOAT16" in dtypes else "float32"
+    dtypes = set(_dtypes(model))
+    return next((low for low in ("bfloat16", "float16") if low in dtypes), "float32")
+
+
+def _dtypes(model: OnnxModel) -> Iterator[str]:
+    """What values are known to be, and what they are cast to where no shape inference ran."""
+    import onnx_ir as ir
+
+    nodes = list(model.ir.graph.all_nodes())
+    for value in [*model.ir.graph.initializers.values(), *(value for node in nodes for value in node.outputs)]:
+        if value.dtype is not None:
+            yield value.dtype.name.lower()
+    for node in nodes:
+        if node.op_type == "Cast":
+            yield ir.DataType(node.attributes["to"].as_int()).name.lower()
 
 
 _INT8_OPS = frozenset({"QuantizeLinear", "QLinearConv", "QLinearMatMul", "ConvInteger", "MatMulInteger"})

@@ -179,8 +179,8 @@ def unseen(n: int, confidence: float) -> Interval:
 
 
 def identical(n: int) -> Interval:
-    """The interval of a score that is a continuous function of outputs which do not differ at all."""
-    return Interval(0.0, 0.0, 0.0, "the outputs are equal", n)
+    """The interval of a score that is a continuous function of the outputs, when it is the same for every sample."""
+    return Interval(0.0, 0.0, 0.0, "no sample differs in a continuous score", n)
 
 
 def _bca_of_mean(values: Array, confidence: float, rng: np.random.Generator) -> Interval:

@@ -11,6 +11,7 @@ import pytest
 
 from optkit.context import Context
 from optkit.data import Batch
+from optkit.metrics import Top1
 from optkit.models import Signature, TensorSpec
 from optkit.recipe import LatencySettings
 from optkit.targets.base import Environment
@@ -21,42 +22,13 @@ SIGNATURE = Signature((TensorSpec("x", "float32", ("batch", 3)),), (TensorSpec("
 QUICK = LatencySettings(rounds=6, seconds=0.001, warmup=0)
 
 
-class TopOne:
-    """Whether the largest output is the label."""
-
-    name = "top1"
-    needs_labels = True
-    per_sample = True
-
-    def records(self, outputs, batch, baseline):
-        return (outputs["y"].argmax(axis=1) == batch.labels).astype(np.float64)
-
-    def score(self, rows):
-        return float(np.mean(rows))
-
-
-class Agreement:
-    """The cosine to the baseline's output."""
-
-    name = "cosine"
-    needs_labels = False
-    per_sample = True
-
-    def records(self, outputs, batch, baseline):
-        given, wanted = outputs["y"], baseline["y"]
-        return np.sum(given * wanted, axis=1) / (np.linalg.norm(given, axis=1) * np.linalg.norm(wanted, axis=1))
-
-    def score(self, rows):
-        return float(np.mean(rows))
-
-
 @dataclass
 class Arrays:
     """Samples that are in memory."""
 
     x: Any
     labels: Any = None
-    metric: Any = field(default_factory=TopOne)
+    metric: Any = field(default_factory=Top1)
     source: str = "arrays"
     inputs: tuple[TensorSpec, ...] = SIGNATURE.inputs
 

@@ -3,13 +3,14 @@ import pytest
 
 from optkit.data import Data
 from optkit.errors import CheckpointError, DataError
+from optkit.metrics import F1, Agreement, Cosine
 from optkit.models import DimRange, Signature, TensorSpec
 from optkit.numerics import compare
 from optkit.validate import Contest, Entrant
 from optkit.validate.accuracy import batch_size_for, measure_accuracy
 from optkit.validate.statistics import paired_proportions
 
-from .conftest import SIGNATURE, Agreement, Arrays, Function, contest_of
+from .conftest import SIGNATURE, Arrays, Function, contest_of
 
 
 def _measure(contest: Contest, data: Data, context, batch_size=16, samples=None):
@@ -108,9 +109,24 @@ def test_no_samples_at_all_are_refused(context):
 
 
 def test_without_labels_equal_outputs_lose_nothing_and_unequal_ones_a_little(samples, context):
-    data = Arrays(samples.x, metric=Agreement())
+    data = Arrays(samples.x, metric=Cosine())
     equal = _measure(contest_of(np.copy), data, context)
     assert (equal.drops["base"].low, equal.drops["base"].high) == (0, 0)
     noise = np.random.default_rng(1)
     noisy = _measure(contest_of(lambda x: x + 0.1 * noise.normal(size=x.shape).astype(np.float32)), data, context)
     assert 0 < noisy.drops["base"].low < noisy.drops["base"].high < 0.05
+
+
+def test_agreement_on_every_sample_seen_is_no_proof_for_the_others(samples, context):
+    accuracy = _measure(contest_of(lambda x: 1.1 * x), Arrays(samples.x, metric=Agreement()), context)
+    assert accuracy.drops["base"] == paired_proportions(0, 0, 200, 0.95)
+
+
+def test_a_metric_of_all_samples_is_resampled_as_a_whole(samples, context):
+    accuracy = _measure(
+        contest_of(lambda x: np.where(x == samples.x[3], -x, x)), Arrays(samples.x, samples.labels, F1()), context
+    )
+    drop = accuracy.drops["base"]
+    assert drop.method == "percentile bootstrap over samples"
+    assert drop.low <= drop.estimate <= drop.high
+    assert 0 < drop.estimate < 0.02

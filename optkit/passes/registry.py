@@ -11,10 +11,18 @@ from optkit.passes.base import Pass
 from optkit.passes.build_engine import BuildEngine
 from optkit.passes.cast_float import CastBf16, CastFp16
 from optkit.passes.export_onnx import ExportOnnx
-from optkit.passes.optimize_graph import OptimizeGraph
+from optkit.passes.optimize_graph import STEPS, OptimizeGraph
 from optkit.passes.quantize_int8 import QuantizeInt8
 
-BUILT_IN: tuple[type[Pass[Any, Any]], ...] = (ExportOnnx, OptimizeGraph, CastFp16, CastBf16, QuantizeInt8, BuildEngine)
+BUILT_IN: tuple[type[Pass[Any, Any]], ...] = (
+    ExportOnnx,
+    OptimizeGraph,
+    *map(type, STEPS),
+    CastFp16,
+    CastBf16,
+    QuantizeInt8,
+    BuildEngine,
+)
 
 ENTRY_POINTS = "optkit.passes"
 

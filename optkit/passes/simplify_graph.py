@@ -1,0 +1,49 @@
+"""Removes arithmetic, casts, slices and expansions that do nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+from optkit.context import Context
+from optkit.passes.graph_edit import RuleEdit
+
+
+class SimplifyGraph(RuleEdit):
+    """onnxscript's rules: ``x * 1`` and ``Cast`` to the same type vanish, ``Min(Max(x, a), b)`` becomes ``Clip``,
+    ``Pad`` goes into ``Conv``, slices of slices become one, a zero bias is left out.
+    """
+
+    use: Literal["simplify_graph"] = "simplify_graph"
+
+    def rules(self, context: Context) -> Sequence[Any]:
+        """The rules of general use; fusions have passes of their own."""
+        from onnxscript.rewriter.rules import common as rules
+
+        return [
+            *rules.mul_by_1_rule.commute(),
+            *rules.add_0_rule.commute(),
+            rules.sub_0_rule,
+            rules.div_by_1_rule,
+            rules.dropout_zero_rule,
+            rules.dropout_inference_rule,
+            rules.no_op_cast_rule,
+            rules.cast_cast_rule,
+            rules.cast_constant_of_shape_rule,
+            rules.cast_constant_of_shape_without_value_rule,
+            rules.no_op_expand_rule,
+            rules.collapse_slice_rule,
+            rules.collapse_slice2_rule,
+            rules.slice_split_rule,
+            rules.min_min_rule,
+            rules.max_max_rule,
+            rules.min_max_rule,
+            rules.max_min_rule,
+            rules.no_op_dynamic_scatter_nd_rule,
+            rules.no_op_static_scatter_nd_rule,
+            rules.normalize_pad_format_conv_rule,
+            rules.fuse_pad_into_conv_rule,
+            rules.remove_optional_bias_from_conv_rule,
+            rules.remove_optional_bias_from_conv_transpose_rule,
+            rules.remove_optional_bias_from_gemm_rule,
+        ]

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from optkit.context import Context
-from optkit.data import Data
+from optkit.data import Data, RandomData
 from optkit.errors import DataError, UnavailableError
 from optkit.models import Engine, OnnxModel, Signature, TorchModel
 from optkit.numerics import Difference
@@ -106,7 +106,7 @@ def compare_entrants(
         "schema_version": SCHEMA_VERSION,
         "recipe": name,
         "model": _signature_document(contest.signature),
-        "samples": {"count": accuracy.samples, **data.fingerprint("validation")},
+        "samples": {**data.fingerprint("validation"), "count": accuracy.samples},
         "candidate": {
             "name": contest.candidate.name,
             "what": contest.what,
@@ -164,7 +164,7 @@ def _warn(contest: Contest, accuracy: Accuracy, data: Data, past: StageError | N
         log.warning(
             "the engine did not run here (%s): accuracy and latency are those of %s", contest.why_not, contest.what
         )
-    if data.fingerprint("validation").get("source") == "random":
+    if isinstance(data, RandomData):
         log.warning("the inputs are random numbers, which prove little: give the recipe data of the model's own kind")
     elif not accuracy.labelled:
         log.warning(

@@ -29,7 +29,6 @@ class Arrays:
     x: Any
     labels: Any = None
     metric: Any = field(default_factory=Top1)
-    source: str = "arrays"
     inputs: tuple[TensorSpec, ...] = SIGNATURE.inputs
 
     def batches(self, split: str, size: int, limit: int | None = None) -> Iterator[Batch]:
@@ -39,7 +38,7 @@ class Arrays:
             yield Batch({"x": self.x[rows]}, None if self.labels is None else self.labels[rows])
 
     def fingerprint(self, split: str) -> dict[str, Any]:
-        return {"source": self.source, "split": split, "count": len(self.x)}
+        return {"source": {"kind": "arrays"}, "split": split, "count": len(self.x)}
 
 
 class Function:

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from optkit.context import Context
+from optkit.data import random_data
 from optkit.errors import DataError, UnavailableError, UsageError
 from optkit.metrics import Cosine
 from optkit.models import DimRange, Engine, OnnxModel, Signature, TensorSpec, TorchModel
@@ -151,12 +152,19 @@ def test_nan_from_the_candidate_misses_whatever_the_gate_allows(on_samples, samp
     assert "NaN" in render(json.loads(json.dumps(report.document, allow_nan=False)))
 
 
-def test_random_inputs_are_said_to_prove_little(samples, context):
-    data = Arrays(samples.x, metric=Cosine(), source="random")
+def test_random_inputs_are_said_to_prove_little(context):
+    data = random_data(SIGNATURE, count=40)
     report = compare_entrants(contest_of(np.copy), replace(context, data=data), QUICK_SETTINGS, Gate())
     assert report.verdict.status == "passed"
     assert any("random numbers, which prove little" in warning for warning in report.document["warnings"])
     assert not report.document["accuracy"]["labelled"]
+    assert report.document["samples"]["count"] == 40
+
+
+def test_a_metric_without_labels_is_said_to_compare_only(samples, context):
+    data = Arrays(samples.x, metric=Cosine())
+    report = compare_entrants(contest_of(np.copy), replace(context, data=data), QUICK_SETTINGS, Gate())
+    assert any("cosine looks at no labels" in warning for warning in report.document["warnings"])
 
 
 def test_a_speedup_is_judged_against_the_rival(on_samples):

@@ -41,6 +41,9 @@ PIPE_CLOSED = 141  # 128 + SIGPIPE, which Windows does not have
 BAR_AFTER_SECONDS = 2.0
 """What is done sooner gets no progress bar."""
 
+CLEAN_UP_SECONDS = 3.0
+"""How long a second Ctrl-C is ignored after the first."""
+
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 app = typer.Typer(rich_markup_mode=None, pretty_exceptions_enable=False, add_completion=False)
@@ -139,12 +142,12 @@ def _interruptible() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    last = -BAR_AFTER_SECONDS
+    quiet_until = 0.0
 
     def interrupt(number: int, frame: FrameType | None) -> None:
-        nonlocal last
-        patient, last = time.monotonic() - last < BAR_AFTER_SECONDS, time.monotonic()
-        if not patient:
+        nonlocal quiet_until
+        if time.monotonic() >= quiet_until:
+            quiet_until = time.monotonic() + CLEAN_UP_SECONDS
             raise KeyboardInterrupt
 
     before = {number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -553,7 +556,7 @@ def list_recipes(terminal: Terminal) -> Answer:
         try:
             rows.append({"recipe": source, "description": Recipe.load(source).description})
         except OptkitError as error:
-            rows.append({"recipe": source, "error": str(error)})
+            rows.append({"recipe": source, "error": str(error).partition("\n")[0]})
     width = max(len(row["recipe"]) for row in rows)
     lines = [f"{row['recipe']:{width}}  {row.get('description') or row.get('error', '')}".rstrip() for row in rows]
     return Answer({"recipes": rows}, "\n".join(lines))

@@ -116,8 +116,11 @@ def _random_array(rng: np.random.Generator, dtype: str, shape: tuple[int, ...]) 
         return rng.standard_normal(shape).astype(ml_dtypes.bfloat16)
     if dtype.startswith("float"):
         return rng.standard_normal(shape).astype(dtype)
-    # 0 and 1 are valid token ids, masks, and flags alike
-    return rng.integers(0, 2, shape).astype(dtype)
+    # 0 and 1 are valid token ids, masks, and flags alike; a row of zeros alone is no mask, attention would be undefined
+    array = rng.integers(0, 2, shape)
+    if array.ndim > 1:
+        array[..., 0] = 1
+    return array.astype(dtype)
 
 
 @dataclass(frozen=True)

@@ -348,7 +348,7 @@ def _refused_in(archive: zipfile.ZipFile, member: str) -> str | None:
 def _danger_in_value(key: str, value: Any) -> str | None:
     if not isinstance(value, str):
         return None
-    if key in ("expr_str", "guards_code") and not _is_arithmetic(value, guard=key == "guards_code"):
+    if key in ("expr_str", "guards_code") and not _is_arithmetic(value):
         return f"its {key} {value[:80]!r} is no arithmetic"
     if key in ("name", "as_name") and not re.fullmatch(r"[\w.]*", value):
         return f"the name {value[:80]!r} is no identifier"
@@ -357,32 +357,27 @@ def _danger_in_value(key: str, value: Any) -> str | None:
     return None
 
 
-def _is_arithmetic(text: str, guard: bool) -> bool:
-    """Whether the text only computes with sizes: numbers, operators, functions of sympy, ``L['x'].size()[0]``."""
+def _is_arithmetic(text: str) -> bool:
+    """Whether the text only computes with sizes: ``Mul(Integer(2), Symbol('s0'))``, ``L['x'].size()[0] % 4 == 0``."""
     try:
-        nodes = list(ast.walk(ast.parse(text, mode="eval")))
+        return all(map(_is_harmless, ast.walk(ast.parse(text, mode="eval"))))
     except (SyntaxError, ValueError):
         return False
-    plain = (ast.Expression, ast.operator, ast.unaryop, ast.boolop, ast.cmpop, ast.expr_context, ast.Name)
-    compound = (ast.BinOp, ast.UnaryOp, ast.BoolOp, ast.Compare, ast.IfExp)
-    for node in nodes:
-        if isinstance(node, (*plain, *compound)):
-            continue
-        if isinstance(node, ast.Constant):
-            # A guard is pasted into source code between quotes
-            if isinstance(node.value, (int, float)) or (guard and re.fullmatch(r"[\w.]*", str(node.value))):
-                continue
-        elif isinstance(node, ast.Call):
-            name = node.func.id if isinstance(node.func, ast.Name) else None
-            if not node.keywords and (name is None or re.fullmatch(r"[A-Z]\w*|floor|ceiling|abs|min|max", name)):
-                continue
-        elif guard and (
-            isinstance(node, ast.Subscript)
-            or (isinstance(node, ast.Attribute) and node.attr in ("size", "stride", "storage_offset", "dim"))
-        ):
-            continue
-        return False
-    return True
+
+
+def _is_harmless(node: ast.AST) -> bool:
+    if isinstance(node, ast.Call):  # of a class of sympy, or of the size of a tensor
+        return isinstance(node.func, ast.Attribute) or (
+            isinstance(node.func, ast.Name)
+            and re.fullmatch(r"[A-Z]\w*|floor|ceiling|abs|min|max", node.func.id) is not None
+        )
+    if isinstance(node, ast.Attribute):
+        return node.attr in ("size", "stride", "storage_offset", "dim")
+    if isinstance(node, ast.Constant):  # torch pastes guards into source code between quotes
+        return isinstance(node.value, (int, float)) or re.fullmatch(r"[\w.]*", str(node.value)) is not None
+    compound = (ast.Expression, ast.Subscript, ast.BinOp, ast.UnaryOp, ast.BoolOp, ast.Compare, ast.IfExp)
+    parts = (ast.Name, ast.operator, ast.unaryop, ast.boolop, ast.cmpop, ast.expr_context, ast.keyword)
+    return isinstance(node, (*compound, *parts))
 
 
 def _is_operator(target: str) -> bool:
@@ -719,7 +714,8 @@ def _torch_model(read: _Read, recipe: Recipe, data_inputs: tuple[TensorSpec, ...
     module = read.module
     if read.declared is None:
         module = module.eval().cpu()
-    module.requires_grad_(False)
+    for parameter in module.parameters():
+        parameter.requires_grad_(False)
     _refuse_non_finite(module, where)
     parameters = read.parameters
     if parameters is None:

@@ -1,0 +1,190 @@
+"""Talks to the process that TensorRT runs in, so that a crash, a hang or a lack of memory there is an error here."""
+
+from __future__ import annotations
+
+import os
+import queue
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from optkit.context import Progress, silent
+from optkit.errors import BuildError, UnavailableError
+from optkit.targets.worker.frames import FrameError, read_frame, write_frame
+
+PYTHON_VARIABLE = "OPTKIT_TENSORRT_PYTHON"
+
+# The folder of this file holds modules that are named like the packages that they use: it must not stay on the path
+_BOOT = "import sys; sys.path[0] = sys.argv[1]; from worker.serve import main; del sys.path[0]; main()"
+
+_LOG_LINES = 12
+_PROBE_SECONDS = 120.0
+
+
+def worker_python() -> str:
+    """The Python that has TensorRT: ``OPTKIT_TENSORRT_PYTHON``, or the one that runs optkit."""
+    return os.environ.get(PYTHON_VARIABLE) or sys.executable
+
+
+class Worker:
+    """A running worker process. Use it as a context manager: leaving it ends the process and all that it started.
+
+    Raises:
+        UnavailableError: the Python cannot be started.
+    """
+
+    def __init__(self, python: str | None = None) -> None:
+        self._python = python or worker_python()
+        # Appending: this process reads it while the worker goes on writing
+        self._log = tempfile.TemporaryFile("a+b")  # noqa: SIM115
+        command = [self._python, "-c", _BOOT, str(Path(__file__).resolve().parent)]
+        try:
+            self._process = subprocess.Popen(
+                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log, start_new_session=True
+            )
+        except OSError as error:
+            self._log.close()
+            raise UnavailableError(
+                f"{self._python!r} cannot be started ({error.strerror}): set {PYTHON_VARIABLE} to a Python that has "
+                "TensorRT, or unset it"
+            ) from error
+        self._frames: queue.Queue[dict[str, Any] | Exception | None] = queue.Queue()
+        threading.Thread(target=self._read, daemon=True).start()
+        self._memory = 0
+        self._phase = ""
+
+    @property
+    def pid(self) -> int:
+        """The process, which leads a process group of its own."""
+        return self._process.pid
+
+    def call(
+        self, request: Mapping[str, Any], timeout: float, progress: Progress = silent, description: str = ""
+    ) -> dict[str, Any]:
+        """Send a request and wait for its reply, which has ``error`` and ``text`` in it if TensorRT refused.
+
+        Args:
+            request: ``do`` and its arguments, as ``worker.serve`` has them.
+            timeout: seconds until the worker is killed.
+            progress: shows how far the work is, where TensorRT tells.
+            description: what the work is called there.
+
+        Raises:
+            BuildError: the worker crashed, was killed, did not finish in time, or does not speak its language.
+        """
+        with suppress(OSError):  # it has died: the end of its frames says how
+            assert self._process.stdin is not None
+            write_frame(self._process.stdin, request)
+        reply: dict[str, Any] = {}
+        for _ in progress(self._percents(reply, timeout), description, 100):
+            pass
+        return reply
+
+    def log(self) -> str:
+        """The last lines that TensorRT and the worker logged."""
+        self._log.seek(0)
+        lines = self._log.read().decode(errors="replace").splitlines()
+        return "\n".join(lines[-_LOG_LINES:])
+
+    def close(self) -> None:
+        """Kill the process group."""
+        if os.name == "posix":
+            with suppress(ProcessLookupError):
+                os.killpg(self._process.pid, signal.SIGKILL)
+        else:
+            self._process.kill()
+        self._process.wait()
+        for pipe in (self._process.stdin, self._process.stdout):
+            with suppress(OSError):
+                assert pipe is not None
+                pipe.close()
+        self._log.close()
+
+    def __enter__(self) -> Worker:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def _read(self) -> None:
+        """Put frames into the queue, then what ended them: None for the end of the pipe, else the error."""
+        assert self._process.stdout is not None
+        try:
+            while frame := read_frame(self._process.stdout):
+                self._frames.put(frame[0])
+            self._frames.put(None)
+        except (FrameError, OSError, ValueError) as error:
+            self._frames.put(error)
+
+    def _percents(self, reply: dict[str, Any], timeout: float) -> Iterator[int]:
+        """Every percent once as it is reached, all of them by the end; ``reply`` is filled in place."""
+        start = time.monotonic()
+        shown = 0
+        while not reply:
+            try:
+                frame = self._frames.get(timeout=max(0.0, start + timeout - time.monotonic()))
+            except queue.Empty:
+                raise BuildError(
+                    f"the TensorRT worker did not finish within {timeout:g} s{self._state()}, and was killed: raise "
+                    f"`timeout` of the target, or look into its log{self._logged()}"
+                ) from None
+            if not isinstance(frame, dict):
+                raise self._ended(frame, time.monotonic() - start)
+            self._memory = frame.get("memory", self._memory)
+            self._phase = frame.get("phase", self._phase)
+            if frame["kind"] == "reply":
+                reply.update(frame)
+            for percent in range(shown, 100 if reply else frame.get("percent", 0)):
+                shown = percent + 1
+                yield shown
+
+    def _ended(self, error: Exception | None, seconds: float) -> BuildError:
+        if error is not None:
+            return BuildError(
+                f"the TensorRT worker answered in another language ({error}): {PYTHON_VARIABLE} must be a Python, "
+                f"and {self._python!r} does not behave like one{self._logged()}"
+            )
+        how, mend = _cause_of_death(self._process.wait())
+        if not self._memory:  # not even one heartbeat
+            mend = f"it never began; {PYTHON_VARIABLE} must be a Python from 3.8 on, and {self._python!r} was used"
+        return BuildError(f"the TensorRT worker {how} after {seconds:.1f} s{self._state()}: {mend}{self._logged()}")
+
+    def _state(self) -> str:
+        phase = f" in its phase {self._phase!r}" if self._phase else ""
+        return phase + (f" with {self._memory / 1e6:.0f} MB of memory" if self._memory else "")
+
+    def _logged(self) -> str:
+        log = self.log()
+        return f"\n{log}" if log else " (the log is empty)"
+
+
+def _cause_of_death(code: int) -> tuple[str, str]:
+    """How a process ended, and what to do about it. A shell tells signals as 128 + the signal."""
+    number = -code if code < 0 else code - 128
+    names = {int(member): member.name for member in signal.Signals}
+    if number not in names:
+        return f"ended with exit code {code}", "its log says why"
+    if names[number] == "SIGKILL":
+        return "was killed by SIGKILL", (
+            "if nobody did so by hand it was the system, for want of memory; free some, lower `workspace_mb` of the "
+            "target, or build on a larger machine"
+        )
+    return f"crashed with {names[number]}", "TensorRT itself failed; its log may name the layer"
+
+
+def probe(python: str | None = None) -> dict[str, Any]:
+    """Which Python the worker runs, and for tensorrt and tensorrt_rtx their version and features, or why not.
+
+    Raises:
+        UnavailableError: the Python cannot be started.
+        BuildError: it does not behave as a Python does, or dies.
+    """
+    with Worker(python) as worker:
+        return worker.call({"do": "probe", "modules": ["tensorrt", "tensorrt_rtx"]}, _PROBE_SECONDS)

@@ -65,7 +65,8 @@ class Gate(Strict):
     max_drop: float = Field(default=0.5, ge=0)
     """How many points (of 100) the metric may lose."""
     min_speedup: float | None = Field(default=None, gt=0)
-    """How many times faster than the FP32 ONNX model the engine must be; not judged if not given."""
+    """How many times as fast as the FP32 ONNX model (optimized, if passes before the quantization do) the engine must
+    be; not judged if not given."""
     confidence: float = Field(default=0.95, gt=0.5, lt=1)
     """Of the intervals that the gate looks at."""
 

@@ -70,19 +70,21 @@ def _latency(document: Document) -> Iterator[str]:
     latency = document.get("latency")
     if latency is None:
         return
-    sizes = ", ".join(f"{dim}={size}" for dim, size in latency["sizes"].items())
-    yield f"Latency in ms: batch {latency['batch']}{f' ({sizes})' if sizes else ''}, {latency['feeds']}, " + (
-        f"{latency['rounds']} interleaved rounds"
-    )
+    sizes = latency["sizes"] if len(latency["sizes"]) > 1 else {"batch": latency["batch"]}
+    shown = ", ".join(f"{dim} {size}" for dim, size in sizes.items())
+    yield f"Latency in ms: {shown}, {latency['feeds']}, {latency['rounds']} interleaved rounds"
     rows = [[name, *_timing(timed)] for name, timed in latency["runners"].items()]
     yield from _table(["", "p50", "p90", "p95", "p99", "mean", "CoV", "samples/s", "calls"], rows)
     candidate = document["candidate"]["name"]
     for name, ratio in latency["ratios"].items():
         found = f"{ratio['ratio']:.2f} times as fast as {name}, {_interval(ratio['interval'], 2)}: {ratio['verdict']}"
         yield from _wrapped(f"{candidate}: {found}")
+    where: dict[str, list[str]] = {}
     for name, timed in latency["runners"].items():
-        settings = ", ".join(f"{key} {value}" for key, value in timed["settings"].items())
-        yield from _wrapped(f"{name}: {timed['runtime']} on {timed['device']}{f', {settings}' if settings else ''}")
+        settings = "".join(f", {key} {value}" for key, value in timed["settings"].items())
+        where.setdefault(f"{timed['runtime']} on {timed['device']}{settings}", []).append(name)
+    for described, names in where.items():
+        yield from _wrapped(f"{', '.join(names)}: {described}")
     load = latency["load_average"]
     if load["before"] is not None:
         yield f"  load average {load['before']:.1f} before, {load['after']:.1f} after"

@@ -27,7 +27,7 @@ class Accuracy:
     Attributes:
         metric: the metric's name.
         labelled: whether the metric looks at labels; without, it only says how alike the outputs are.
-        samples: how many samples every entrant ran.
+        samples: how many samples every scored entrant ran.
         scores: the metric by entrant, 0 to 1.
         drops: what the candidate loses against each baseline, 0 to 1.
         outputs: the candidate's error against the reference.
@@ -46,21 +46,22 @@ class Accuracy:
 def measure_accuracy(
     contest: Contest, data: Data, context: Context, batch_size: int, samples: int | None, confidence: float
 ) -> Accuracy:
-    """Run every entrant over the validation samples; rows per sample are kept, outputs are not.
+    """Run every scored entrant over the validation samples; rows per sample are kept, outputs are not.
 
     Raises:
         CheckpointError: the reference's own outputs are not finite.
         DataError: there are no samples.
     """
     metric, reference, candidate = data.metric, contest.reference, contest.candidate
-    rows: dict[str, list[Array]] = {entrant.name: [] for entrant in contest.entrants}
+    scored = [entrant for entrant in contest.entrants if entrant.scored]
+    rows: dict[str, list[Array]] = {entrant.name: [] for entrant in scored}
     errors: dict[str, Sums] = {}
     seen = 0
     total = _count(data, samples)
     size = batch_size_for(contest.signature, batch_size)
     batches = whole_batches(data, contest.signature, size, samples)
     for batch in context.progress(batches, "accuracy", -(-total // size) if total else None):
-        outputs = {entrant.name: entrant.runner.run(batch.feeds) for entrant in contest.entrants}
+        outputs = {entrant.name: entrant.runner.run(batch.feeds) for entrant in scored}
         wanted, given = outputs[reference.name], outputs[candidate.name]
         check_reference(reference.name, wanted, seen, len(batch))
         where = _not_finite(wanted, given, seen, len(batch))
@@ -86,6 +87,7 @@ def measure_accuracy(
         drops={
             baseline.name: _drop(metric, joined[baseline.name], joined[candidate.name], confidence, context)
             for baseline in contest.baselines
+            if baseline.scored
         },
         outputs=difference(errors),
     )

@@ -13,10 +13,17 @@ from optkit.targets.base import Runner
 
 @dataclass(frozen=True)
 class Entrant:
-    """A runner and the name that the report calls it by."""
+    """A runner and the name that the report calls it by.
+
+    Attributes:
+        name: in the report.
+        runner: already open.
+        scored: whether it runs over the validation samples too, or is only timed.
+    """
 
     name: str
     runner: Runner
+    scored: bool = True
 
 
 @dataclass(frozen=True)

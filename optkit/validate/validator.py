@@ -32,7 +32,8 @@ log = logging.getLogger("optkit.validate")
 
 SCHEMA_VERSION = 1
 
-PYTORCH, ONNX, ENGINE, STAND_IN = "PyTorch", "FP32 ONNX", "engine", "ONNX (not the engine)"
+PYTORCH, ONNX, OPTIMIZED = "PyTorch", "FP32 ONNX", "optimized FP32 ONNX"
+ENGINE, STAND_IN = "engine", "ONNX (not the engine)"
 """How reports name the entrants of a recipe's validation."""
 
 
@@ -52,9 +53,10 @@ class Report:
 def validate(stages: Sequence[Stage], recipe: Recipe, context: Context) -> Report:
     """Validate what a recipe's passes made.
 
-    The baselines are the PyTorch checkpoint, if there is one, and the ONNX model that was exported or came in. The
-    candidate is the engine; if it cannot run on this machine, the ONNX model that it was built from stands in for it,
-    and the report says so.
+    The baselines are the PyTorch checkpoint, if there is one, and the ONNX model that was exported or came in. If a
+    pass lowered the precision, the last float32 ONNX model before it is timed too and is what ``gate.min_speedup``
+    counts from: what optimizing the float graph gains is no merit of the lower precision. The candidate is the engine;
+    if it cannot run on this machine, the ONNX model that it was built from stands in for it, and the report says so.
 
     Args:
         stages: the checkpoint first, the engine (or the last ONNX model) last.
@@ -141,9 +143,20 @@ def _contest(stages: Sequence[Stage], recipe: Recipe, context: Context, opened: 
     precision = precision_of(onnx_models[0])
     rival = ONNX if precision == "float32" else f"ONNX as given ({precision})"
     baselines.append(Entrant(rival, opened.enter_context(open_onnx(onnx_models[0], context.threads))))
+    optimized = _last_float(onnx_models)
+    if optimized is not None:
+        rival = OPTIMIZED
+        baselines.append(Entrant(rival, opened.enter_context(open_onnx(optimized, context.threads)), scored=False))
     candidate, what, why_not = _candidate(stages[-1].model, onnx_models[-1], recipe, context)
     opened.enter_context(candidate.runner)
     return Contest(tuple(baselines), candidate, rival, what, why_not)
+
+
+def _last_float(models: Sequence[OnnxModel]) -> OnnxModel | None:
+    """The last float32 model before the precision fell, unless that is the first one or it never fell."""
+    floats = [model for model in models if precision_of(model) == "float32"]
+    fell = bool(floats) and floats[-1] is not models[-1]
+    return floats[-1] if fell and floats[-1] is not models[0] else None
 
 
 def _candidate(last: Any, source: OnnxModel, recipe: Recipe, context: Context) -> tuple[Entrant, str, str | None]:

@@ -59,6 +59,7 @@ def test_the_summary_holds_the_numbers_in_tables():
     assert "did not run" in text
     assert _row(text, "PyTorch", 1) == ["PyTorch", "8", "8.8", "-", "-", "8", "4", "%", "125.0", "60"]
     assert "engine: 4.00 times as fast as PyTorch, [3.90, 4.10]: faster" in text
+    assert "PyTorch, engine: onnxruntime 1.32 on CPU, threads 2" in text
     assert "load average 0.5 before, 1.7 after" in text
     assert "Passes: export_onnx 3.2 s" in text
     assert "- the machine was busy" in text

@@ -1,6 +1,7 @@
 import json
 import warnings
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -134,6 +135,33 @@ def test_an_engine_that_cannot_run_is_replaced_by_its_onnx_and_the_report_says_s
     assert report.document["stages"][-1]["why_not"] == candidate["why_not"]
     assert candidate["why_not"] in " ".join(render(report.document).split())
     assert validate(stages, _recipe(), labelled).verdict.status == "passed"
+
+
+def test_a_lower_precision_is_timed_against_the_optimized_float_model(exported, labelled):
+    onnx_model = exported[1]
+    half = onnx_model.clone()
+    output = half.ir.graph.outputs[0].producer()
+    assert output is not None
+    _cast_through_half(half, output)
+    stages = [
+        Stage("checkpoint", onnx_model, 0),
+        Stage("optimize_graph", onnx_model.clone(), 1),
+        Stage("cast_fp16", half, 1),
+    ]
+    report = validate(stages, _recipe(gate={"min_speedup": 0.01}), labelled)
+    assert list(report.document["latency"]["runners"]) == ["FP32 ONNX", "optimized FP32 ONNX", "ONNX"]
+    assert "times as fast as optimized FP32 ONNX" in report.verdict.reasons[1]
+    assert report.document["accuracy"]["others"] == {}
+    assert [stage["precision"] for stage in report.document["stages"]] == ["float32", "float16"]
+
+
+def _cast_through_half(model: OnnxModel, node: Any) -> None:
+    import onnx_ir as ir
+
+    down = ir.node("Cast", [node.inputs[0]], {"to": ir.DataType.FLOAT16.value})
+    up = ir.node("Cast", [down.outputs[0]], {"to": ir.DataType.FLOAT.value})
+    node.replace_input_with(0, up.outputs[0])
+    model.ir.graph.insert_before(node, [down, up])
 
 
 def test_an_incoming_onnx_model_is_the_reference(exported, labelled):

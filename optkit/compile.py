@@ -11,7 +11,7 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from optkit import bundle as bundles
 from optkit.bundle import Bundle
@@ -22,8 +22,12 @@ from optkit.models import OnnxModel
 from optkit.pipeline import run_passes
 from optkit.recipe import Recipe
 from optkit.source import load_model
+from optkit.targets.onnxruntime import open_onnx
+from optkit.targets.pytorch import open_torch
 from optkit.validate import Report
 from optkit.validate import validate as judge
+from optkit.validate.contest import Contest, Entrant
+from optkit.validate.validator import compare_entrants
 
 if TYPE_CHECKING:
     import torch
@@ -76,9 +80,55 @@ def compile(
         if report.verdict.status != "passed":
             rejected = out.with_name(out.name + ".rejected")
             bundles.move(bundle.path, rejected, force=True)
-            raise GateError(f"{_verdict(report)} The result is in {rejected}; nothing was written to {out}")
+            message = f"{_verdict(report)} The result is in {rejected}; nothing was written to {out}"
+            raise GateError(message, bundles.load(rejected))
         bundles.move(bundle.path, out, force=force)
     return bundles.load(out)
+
+
+def validate(
+    candidate: str | Path | torch.nn.Module | OnnxModel,
+    baseline: str | Path | torch.nn.Module | OnnxModel | None = None,
+    recipe: Recipe | str | Path | None = None,
+    *,
+    progress: Progress = silent,
+) -> Report:
+    """Compare a bundle or a model with a baseline: accuracy, latency and the gate, without compiling anything.
+
+    Args:
+        candidate: a bundle, or whatever ``compile`` takes as a model.
+        baseline: the model that says what is right; None for the checkpoint that the bundle was compiled from.
+        recipe: its ``data``, ``validation``, ``gate``, ``model`` and ``inputs`` apply; None for the bundle's own.
+
+    Returns:
+        The report; ``report.verdict.status`` is ``passed``, ``missed`` or ``inconclusive``.
+
+    Raises:
+        OptkitError: one of the two cannot be opened, or they do not have the same inputs and outputs.
+    """
+    bundle = bundles.load(candidate) if isinstance(candidate, str | Path) and Path(candidate).is_dir() else None
+    if recipe is None:
+        recipe = bundle.recipe if bundle else Recipe.load("fp32")
+    recipe = recipe if isinstance(recipe, Recipe) else Recipe.load(recipe)
+    if baseline is None:
+        baseline = bundle.manifest["checkpoint"].get("path") if bundle else None
+        if baseline is None:
+            raise UsageError("there is nothing to compare with: name a --baseline")
+    with contextlib.ExitStack() as opened:
+        threads = opened.enter_context(cpu_threads(recipe.threads))
+        data = open_data(recipe.data, recipe.seed) if recipe.data else None
+
+        def enter(name: str, model: Any) -> Entrant:
+            loaded = load_model(model, recipe, data.inputs if data else ()).model
+            runner = open_onnx(loaded, threads) if isinstance(loaded, OnnxModel) else open_torch(loaded, threads)
+            return Entrant(name, opened.enter_context(runner))
+
+        rival = enter("baseline", baseline)
+        judged = Entrant("candidate", opened.enter_context(bundle.runner)) if bundle else enter("candidate", candidate)
+        samples = data or random_data(rival.runner.signature, recipe.seed)
+        context = Context(recipe.target, Path(), samples, recipe.seed, threads, progress)
+        contest = Contest((rival,), judged, rival.name, what=str(candidate))
+        return compare_entrants(contest, context, recipe.validation, recipe.gate, recipe.name)
 
 
 def _verdict(report: Report) -> str:

@@ -20,6 +20,10 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from optkit.bundle import Bundle
 
 
 class OptkitError(Exception):
@@ -51,9 +55,13 @@ class OutputError(UsageError):
 
 
 class GateError(OptkitError):
-    """The gate was missed, or the samples do not decide it."""
+    """The gate was missed, or the samples do not decide it. ``bundle`` is what was rejected, its report included."""
 
     exit_code = 3
+
+    def __init__(self, message: str, bundle: Bundle | None = None) -> None:
+        super().__init__(message)
+        self.bundle = bundle
 
 
 class UnavailableError(OptkitError):

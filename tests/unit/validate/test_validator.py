@@ -14,7 +14,6 @@ from optkit.models import DimRange, Engine, OnnxModel, Signature, TensorSpec, To
 from optkit.pipeline import Stage
 from optkit.recipe import Gate, LatencySettings, Recipe, ValidationSettings
 from optkit.report.text import render
-from optkit.targets.onnxruntime import OnnxRuntimeTarget
 from optkit.validate import Contest, Entrant, compare_entrants, validate
 
 from .conftest import QUICK, SIGNATURE, Arrays, Function, contest_of
@@ -111,30 +110,30 @@ def test_a_wrecked_stage_is_named_and_misses(exported, labelled):
     assert "NO" in text
 
 
-def test_an_engine_that_cannot_run_is_replaced_by_its_onnx_and_the_report_says_so(
-    exported, labelled, tmp_path, monkeypatch
-):
-    def refuse(self, engine, threads):
-        raise UnavailableError("this plan needs an NVIDIA GPU, and there is none. Run it where there is one")
-
-    monkeypatch.setattr(OnnxRuntimeTarget, "open", refuse)
+def test_an_engine_that_cannot_run_is_replaced_by_its_onnx_and_the_report_says_so(exported, labelled, tmp_path):
     torch_model, onnx_model = exported
-    engine = Engine(tmp_path / "engine.plan", "onnxruntime", onnx_model.signature)
+    engine = Engine(tmp_path / "engine.plan", "tensorrt-rtx", onnx_model.signature)
+    rtx = {"passes": ["export_onnx", {"use": "build_engine", "target": "tensorrt-rtx"}]}
+    recipe = _recipe(**rtx)
+    # On no machine does this file run: there is no GPU, or it is not the one, or the file is not a plan
+    with pytest.raises(UnavailableError) as refusal:
+        recipe.target.open(engine, 1)
     stages = [
         Stage("checkpoint", torch_model, 0),
         Stage("export_onnx", onnx_model, 1),
         Stage("build_engine", engine, 1),
     ]
-    report = validate(stages, _recipe(gate={"min_speedup": 1.1}), labelled)
+    report = validate(stages, _recipe(**rtx, gate={"min_speedup": 1.1}), labelled)
     candidate = report.document["candidate"]
     assert candidate["name"] == "ONNX (not the engine)"
     assert not candidate["engine_ran"]
-    assert candidate["why_not"] == "this plan needs an NVIDIA GPU, and there is none. Run it where there is one"
+    assert candidate["why_not"] == str(refusal.value)
+    assert "tensorrt-rtx engine was built from" in candidate["what"]
     assert report.verdict.status == "inconclusive"
     assert "cannot be judged" in report.verdict.reasons[-1]
     assert report.document["stages"][-1]["why_not"] == candidate["why_not"]
-    assert candidate["why_not"] in " ".join(render(report.document).split())
-    assert validate(stages, _recipe(), labelled).verdict.status == "passed"
+    assert "The engine did not run on this machine" in render(report.document)
+    assert validate(stages, recipe, labelled).verdict.status == "passed"
 
 
 def test_a_lower_precision_is_timed_against_the_optimized_float_model(exported, labelled):

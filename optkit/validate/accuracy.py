@@ -50,7 +50,7 @@ def measure_accuracy(
 
     Raises:
         CheckpointError: the reference's own outputs are not finite.
-        DataError: there are no samples.
+        DataError: there are fewer samples than the model takes at a time.
     """
     metric, reference, candidate = data.metric, contest.reference, contest.candidate
     scored = [entrant for entrant in contest.entrants if entrant.scored]
@@ -73,11 +73,6 @@ def measure_accuracy(
         for name, kept in rows.items():
             kept.append(metric.records(outputs[name], batch, wanted))
         seen += len(batch)
-    if not seen:
-        raise DataError(
-            f"there are no validation samples in batches of {size}: check the validation split of the data, or give "
-            "the model a dynamic batch dimension"
-        )
     joined = {name: np.concatenate(kept) for name, kept in rows.items()}
     return Accuracy(
         metric=metric.name,
@@ -104,13 +99,24 @@ def batch_size_for(signature: Signature, wanted: int) -> int:
 
 
 def whole_batches(data: Data, signature: Signature, size: int, limit: int | None) -> Iterator[Batch]:
-    """Validation batches, without a last one that is smaller than the model takes."""
+    """Validation batches, without a last one that is smaller than the model takes.
+
+    Raises:
+        DataError: there is not one.
+    """
     smallest = signature.range(signature.batch).min if signature.batch is not None else size
+    some = False
     for batch in data.batches("validation", size, limit):
-        if len(batch) < smallest:
+        if len(batch) >= smallest:
+            some = True
+            yield batch
+        elif some:
             log.warning("the last %d validation samples were left out: the model takes %d at a time", len(batch), size)
-            return
-        yield batch
+    if not some:
+        raise DataError(
+            f"there are not the {smallest} validation samples that the model takes at a time: check the validation "
+            "split of the data and validation.samples, or give the model a dynamic batch dimension"
+        )
 
 
 def check_reference(name: str, outputs: Feeds, seen: int, size: int) -> None:

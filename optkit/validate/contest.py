@@ -63,8 +63,12 @@ class Contest:
 
     @property
     def signature(self) -> Signature:
-        """The boundary that all share."""
-        return self.reference.runner.signature
+        """What fits everyone: the boundary with the fewest dynamic dimensions, and of those the narrowest batch."""
+        return min((entrant.runner.signature for entrant in self.entrants), key=_freedom)
+
+
+def _freedom(signature: Signature) -> tuple[int, int]:
+    return len(signature.dynamic), signature.range(signature.batch).max if signature.batch else 1
 
 
 def _check_same_boundary(one: Entrant, other: Entrant) -> None:

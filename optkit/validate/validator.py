@@ -65,14 +65,15 @@ def validate(stages: Sequence[Stage], recipe: Recipe, context: Context) -> Repor
 
     Raises:
         CheckpointError: the checkpoint itself gives NaN.
-        DataError: there are no validation samples.
+        DataError: there are fewer validation samples than the model takes at a time.
     """
     data, settings = _data(context), recipe.validation
     with contextlib.ExitStack() as opened, _warnings() as warnings:
         contest = _contest(stages, recipe, context, opened)
         engine = contest.candidate.runner if contest.candidate.name == ENGINE else None
         size = batch_size_for(contest.signature, settings.batch_size)
-        few = list(whole_batches(data, contest.signature, size, settings.stage_samples))
+        whole = -(-settings.stage_samples // size) * size  # a static batch has to be full
+        few = list(whole_batches(data, contest.signature, size, whole))
         errors = compare_stages(stages, few, context, engine, contest.why_not)
         report = compare_entrants(contest, context, settings, recipe.gate, recipe.name, errors)
     report.document["warnings"] = warnings

@@ -103,9 +103,25 @@ def test_a_baseline_that_gives_nan_is_refused(samples, context):
         _measure(contest_of(np.copy, lambda x: np.where(x == samples.x[20], np.float32("nan"), x)), samples, context)
 
 
-def test_no_samples_at_all_are_refused(context):
-    with pytest.raises(DataError, match="no validation samples"):
-        _measure(contest_of(np.copy), Arrays(np.zeros((0, 3), np.float32), np.zeros(0)), context)
+@pytest.mark.parametrize(("count", "batch"), [(0, "batch"), (7, 8)])
+def test_fewer_samples_than_the_model_takes_are_refused(context, count, batch):
+    signature = Signature((TensorSpec("x", "float32", (batch, 3)),), SIGNATURE.outputs)
+    contest = Contest(
+        (Entrant("base", Function(np.copy, signature=signature)),),
+        Entrant("new", Function(np.copy, signature=signature)),
+        "base",
+    )
+    with pytest.raises(DataError, match=r"there are not the \d validation samples that the model takes at a time"):
+        _measure(contest, Arrays(np.zeros((count, 3), np.float32), np.zeros(count, int)), context)
+
+
+def test_the_narrowest_boundary_decides_what_is_fed(samples, context):
+    static = Signature((TensorSpec("x", "float32", (5, 3)),), (TensorSpec("y", "float32", (5, 3)),))
+    contest = Contest(
+        (Entrant("base", Function(np.copy)),), Entrant("new", Function(np.copy, signature=static)), "base"
+    )
+    assert _measure(contest, samples, context).samples == 200
+    assert set(contest.reference.runner.sizes) == {5}
 
 
 def test_without_labels_equal_outputs_lose_nothing_and_unequal_ones_a_little(samples, context):

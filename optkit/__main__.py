@@ -10,7 +10,7 @@ def main() -> int:
     try:
         from optkit.cli import main as run
     except KeyboardInterrupt:
-        print("error: interrupted; nothing was written", file=sys.stderr)
+        print("error: interrupted", file=sys.stderr)
         return 130
     return run()
 

@@ -24,11 +24,12 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 import typer
 
 from optkit import __version__
-from optkit.errors import OptkitError, PassError, UsageError, did_you_mean
+from optkit.errors import GateError, OptkitError, PassError, UnavailableError, UsageError, did_you_mean
 
 if TYPE_CHECKING:
     from types import FrameType
 
+    from optkit.bundle import Bundle
     from optkit.context import Progress
     from optkit.documents import Strict
     from optkit.recipe import Recipe
@@ -65,7 +66,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 return int(parsed or 0)
             answer = parsed.run()
     except (KeyboardInterrupt, typer.Abort):
-        answer = _failure("KeyboardInterrupt", "interrupted; nothing was written", INTERRUPTED)
+        answer = _failure("KeyboardInterrupt", "interrupted", INTERRUPTED)
     except Exception as error:  # the last line of defence: whatever it is, the user gets one paragraph
         if "--debug" in arguments:
             traceback.print_exc()
@@ -90,7 +91,7 @@ def _say(answer: Answer, as_json: bool) -> int:
     text = json.dumps(answer.document, indent=1, default=str) if as_json else answer.text
     try:
         if text:
-            typer.echo(text)
+            typer.echo(text.rstrip("\n"))
         sys.stdout.flush()
     except BrokenPipeError:
         # Whoever read us has left. Python flushes stdout once more at exit, so give it something that takes it
@@ -115,6 +116,9 @@ def _explain(error: Exception) -> Answer:
     if isinstance(error, _TyperUsageError):
         where = f" (see {error.ctx.command_path} --help)" if error.ctx else ""
         return _failure("UsageError", f"{' '.join(error.format_message().split())}{where}", 2)
+    if isinstance(error, GateError) and error.bundle is not None:
+        failure = _failure(kind, str(error), error.exit_code, **_bundle_document(error.bundle))
+        return dataclasses.replace(failure, text=error.bundle.summary)
     if isinstance(error, OptkitError) and not isinstance(error, PassError):
         return _failure(kind, str(error), error.exit_code)
     for cause in _causes(error):
@@ -355,9 +359,6 @@ class RecipeOptions:
     trust_pickle: Annotated[
         bool, typer.Option("--trust-pickle", help="Load a pickled module, which runs the code that is in it.")
     ] = False
-    target: Annotated[
-        str | None, typer.Option(metavar="NAME", help="What to build for; `optkit doctor` lists them.")
-    ] = None
     max_drop: Annotated[
         float | None, typer.Option(metavar="POINTS", help="What the metric may lose, in points of 100 [0.5].")
     ] = None
@@ -377,15 +378,12 @@ class RecipeOptions:
             RecipeError: a value does not fit its field.
             UsageError: an option is not of the form that it should have.
         """
-        if self.target is not None and not any(step.use == "build_engine" for step in recipe.passes):
-            raise UsageError("--target: the recipe has no build_engine pass: add {use: build_engine} to its passes")
         model = {
             "factory": self.factory,
             "arguments": {**recipe.model.arguments, **{k: _yaml(k, v) for k, v in _pairs("--arg", self.arg)}},
             "trust_pickle": self.trust_pickle or None,
         }
         return recipe.updated(
-            target=self.target,
             model=_over(recipe.model, model),
             inputs={**recipe.inputs, **dict(_pairs("--input", self.input))},
             dims={**recipe.dims, **{k: _range(k, v) for k, v in _pairs("--dim", self.dim)}},
@@ -393,6 +391,14 @@ class RecipeOptions:
             gate=_over(recipe.gate, {"max_drop": self.max_drop, "min_speedup": self.min_speedup}),
             **_given({"data": self.data, "seed": self.seed, "threads": self.threads}),
         ).relative_to(Path.cwd())
+
+
+def _for_target(recipe: Recipe, target: str | None) -> Recipe:
+    if target is None:
+        return recipe
+    if not any(step.use == "build_engine" for step in recipe.passes):
+        raise UsageError("--target: the recipe has no build_engine pass: add {use: build_engine} to its passes")
+    return recipe.updated(target=target)
 
 
 def _given(fields: dict[str, Any]) -> dict[str, Any]:
@@ -483,6 +489,9 @@ def compile_checkpoint(
         str | None,
         typer.Option(metavar="fp32|fp16|bf16|int8", help="Built-in recipe, where there is no --recipe [fp32]."),
     ] = None,
+    target: Annotated[
+        str | None, typer.Option(metavar="NAME", help="What to build for [the recipe's]; `optkit doctor` lists them.")
+    ] = None,
     out: Annotated[
         Path | None, typer.Option(metavar="DIR", help="The bundle to write [MODEL-PRECISION in the current folder].")
     ] = None,
@@ -496,7 +505,7 @@ def compile_checkpoint(
     is not installed or not on this machine, and 5 if a pass failed.
     """
     base, name = _base_recipe(recipe, precision)
-    resolved = options.applied_to(base)
+    resolved = options.applied_to(_for_target(base, target))
     if checkpoint is None and resolved.model.checkpoint is None:
         raise UsageError("there is no model: name a checkpoint, or set model.checkpoint in the recipe")
     from optkit.compile import compile
@@ -504,13 +513,56 @@ def compile_checkpoint(
     out = out or Path(f"{_stem(checkpoint or resolved.model.checkpoint or '')}-{name}")
     with terminal.progress() as progress:
         bundle = compile(checkpoint, resolved, out, force=force, progress=progress)
-    document = {"bundle": str(bundle.path), "verdict": bundle.manifest["verdict"], "report": bundle.report}
-    return Answer(document, f"{bundle.summary.rstrip()}\nbundle: {bundle.path}")
+    return Answer(_bundle_document(bundle), f"{bundle.summary}\nbundle: {bundle.path}")
+
+
+def _bundle_document(bundle: Bundle) -> dict[str, Any]:
+    return {"bundle": str(bundle.path), "verdict": bundle.manifest["verdict"], "report": bundle.report}
 
 
 def _stem(checkpoint: str) -> str:
     path = Path(checkpoint).resolve()
     return path.name if path.is_dir() else path.stem
+
+
+@command(
+    app,
+    "validate",
+    [
+        "validate digits-int8",
+        "validate digits-int8 --baseline model.pt2 --data calibration/digits.yaml --samples 1000",
+        "validate tuned.onnx --baseline model.onnx --recipe recipes/digits-int8.yaml",
+    ],
+)
+def validate_candidate(
+    options: RecipeOptions,
+    terminal: Terminal,
+    candidate: Annotated[str, typer.Argument(metavar="CANDIDATE", help="Bundle, ONNX file or checkpoint to judge.")],
+    baseline: Annotated[
+        str | None, typer.Option(metavar="MODEL", help="What is right [the checkpoint that the bundle was made from].")
+    ] = None,
+    recipe: Annotated[
+        str | None,
+        typer.Option(metavar="FILE", help="Where data, gate and measuring are set [the bundle's own recipe]."),
+    ] = None,
+) -> Answer:
+    """Compare a bundle or a model with a baseline.
+
+    Accuracy, latency and the gate, as `compile` judges them. Exits with 0 if it passed and 3 if it did not.
+    """
+    from optkit import bundle as bundles
+    from optkit.compile import validate
+    from optkit.recipe import Recipe
+    from optkit.report.text import render
+
+    if recipe is not None:
+        base = Recipe.load(recipe)
+    else:
+        base = bundles.load(candidate).recipe if bundles.is_bundle(Path(candidate)) else Recipe.load("fp32")
+    with terminal.progress() as progress:
+        report = validate(candidate, baseline, options.applied_to(base), progress=progress)
+    exit_code = 0 if report.verdict.status == "passed" else GateError.exit_code
+    return Answer(report.document, render(report.document), exit_code=exit_code)
 
 
 @command(app, "verify", ["verify digits-int8"])
@@ -529,6 +581,27 @@ def verify_bundle(
         return Answer(document, f"{bundle}: whole, and its engine runs here")
     found = "\n".join(f"{bundle}: {problem.what}; {problem.mend}" for problem in problems)
     return Answer(document, problem=found, exit_code=min(problem.exit_code for problem in problems))
+
+
+@command(app, "doctor", ["doctor"])
+def look_at_machine(terminal: Terminal) -> Answer:
+    """Say what this machine has and what is missing.
+
+    Exits with 4 if something is missing that optkit cannot work without.
+    """
+    from optkit.doctor import diagnose
+
+    findings = diagnose()
+    width = max(len(finding.subject) for finding in findings)
+    lines = []
+    for finding in findings:
+        mark = "ok" if finding.ok else "MISSING" if finding.required else "-"
+        lines.append(f"{mark:8}{finding.subject:{width}}  {finding.detail}")
+        if finding.mend:
+            lines.append(f"{'':8}{'':{width}}  > {finding.mend}")
+    broken = any(finding.required and not finding.ok for finding in findings)
+    document = {"findings": [dataclasses.asdict(finding) for finding in findings]}
+    return Answer(document, "\n".join(lines), exit_code=UnavailableError.exit_code if broken else 0)
 
 
 @command(app, "inspect", ["inspect model.pt2", "inspect model.onnx --json"])
@@ -556,7 +629,7 @@ def list_recipes(terminal: Terminal) -> Answer:
         try:
             rows.append({"recipe": source, "description": Recipe.load(source).description})
         except OptkitError as error:
-            rows.append({"recipe": source, "error": str(error).partition("\n")[0]})
+            rows.append({"recipe": source, "error": "; ".join(str(error).splitlines())})
     width = max(len(row["recipe"]) for row in rows)
     lines = [f"{row['recipe']:{width}}  {row.get('description') or row.get('error', '')}".rstrip() for row in rows]
     return Answer({"recipes": rows}, "\n".join(lines))

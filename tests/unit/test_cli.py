@@ -4,6 +4,7 @@ import io
 import json
 import logging
 import os
+import re
 import resource
 import signal
 import subprocess
@@ -126,7 +127,7 @@ def test_a_usage_error_as_json(capsys):
         (TypeError("no"), 1, "a bug in optkit, please report it: TypeError: no (--debug shows the traceback)"),
         (MemoryError(), 5, "memory"),
         (OSError(28, "No space left on device", "/x"), 2, "/x: No space left on device: make room"),
-        (KeyboardInterrupt(), 130, "interrupted; nothing was written"),
+        (KeyboardInterrupt(), 130, "interrupted"),
         (SystemExit(0), 2, "sys.exit(0)"),
     ],
 )
@@ -169,7 +170,6 @@ def test_every_option_lands_in_the_recipe(tmp_path, monkeypatch):
         input=["image=float32[batch,3,8,8]"],
         dim=["batch=1:4:16", "side=7"],
         trust_pickle=True,
-        target="tensorrt-rtx",
         max_drop=1.5,
         min_speedup=2.0,
         samples=64,
@@ -184,7 +184,6 @@ def test_every_option_lands_in_the_recipe(tmp_path, monkeypatch):
     assert recipe.inputs == {"image": "float32[batch,3,8,8]"}
     assert (recipe.dims["batch"].min, recipe.dims["batch"].opt, recipe.dims["batch"].max) == (1, 4, 16)
     assert (recipe.dims["side"].min, recipe.dims["side"].max) == (7, 7)
-    assert recipe.target.name == "tensorrt-rtx"
     assert (recipe.gate.max_drop, recipe.gate.min_speedup) == (1.5, 2.0)
     assert (recipe.validation.samples, recipe.seed, recipe.threads) == (64, 7, 3)
     assert Recipe.parse(recipe.to_yaml()) == recipe
@@ -211,7 +210,8 @@ def test_options_add_to_what_the_recipe_has():
 def test_a_target_for_a_recipe_that_builds_nothing_is_refused():
     recipe = Recipe.parse("passes: [export_onnx]")
     with pytest.raises(UsageError, match="build_engine"):
-        RecipeOptions(target="onnxruntime").applied_to(recipe)
+        cli._for_target(recipe, "onnxruntime")
+    assert cli._for_target(Recipe.load("int8"), "tensorrt-rtx").target.name == "tensorrt-rtx"
 
 
 # The recipe commands
@@ -250,6 +250,24 @@ def test_check_goes_through_all_files(tmp_path, capsys):
 def test_schema_is_json(capsys):
     assert main(["recipe", "schema"]) == 0
     assert "passes" in json.loads(capsys.readouterr().out)["properties"]
+
+
+# The machine
+
+
+def test_doctor_finds_what_runs_these_tests(capsys):
+    assert main(["doctor", "--json"]) == 0
+    findings = {finding["subject"]: finding for finding in json.loads(capsys.readouterr().out)["findings"]}
+    assert findings["torch"]["ok"]
+    assert findings["torch"]["required"]
+    assert main(["doctor"]) == 0
+    assert re.search(r"^ok +torch ", capsys.readouterr().out, re.MULTILINE)
+
+
+def test_doctor_exits_with_4_where_something_needed_is_missing(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "onnxscript", None)  # as if it were not installed
+    assert main(["doctor"]) == 4
+    assert re.search(r"^MISSING +onnxscript .*\n.*> pip install onnxscript", capsys.readouterr().out, re.MULTILINE)
 
 
 # The terminal

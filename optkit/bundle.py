@@ -217,9 +217,11 @@ def move(folder: Path, to: Path, force: bool) -> None:
             to.rename(old)
         folder.rename(to)
     except OSError as error:
+        raise OutputError(f"{to} cannot be written: {error.strerror}; choose another --out") from error
+    finally:
+        # Also after Ctrl-C between the two renames
         if old is not None and old.exists() and not to.exists():
             old.rename(to)
-        raise OutputError(f"{to} cannot be written: {error.strerror}; choose another --out") from error
 
 
 @dataclass(frozen=True)

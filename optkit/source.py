@@ -77,6 +77,8 @@ def load_model(
     import torch
 
     if isinstance(source, (str, Path)):
+        if not str(source):
+            raise CheckpointError("no model: name a checkpoint, or set model.checkpoint in the recipe")
         return _from_path(Path(source).expanduser(), recipe, data_inputs)
     where = type(source).__name__
     if isinstance(source, torch.nn.Module):
@@ -86,6 +88,7 @@ def load_model(
         _refuse_nan(source.ir, where)
         if not recipe.inputs and not recipe.dims:
             return Loaded(source, _provenance("onnx", recipe.model))
+        # Cloned: settling the signature renames dimensions in the graph
         changed = _onnx_model(source.ir.clone(), recipe, data_inputs, where)
         return Loaded(replace(changed, records=source.records), _provenance("onnx", recipe.model))
     if isinstance(source, ir.Model):
@@ -289,10 +292,12 @@ def _bounds(bounds: Any) -> tuple[int, int | None]:
 
 
 def _is_training(node: Any) -> bool:
-    name, args = str(node.target), node.args
-    return (name == "aten.dropout.default" and args[2] is True) or (
-        name == "aten.batch_norm.default" and args[3] is not None and args[5] is True
-    )
+    if str(node.target) not in ("aten.dropout.default", "aten.batch_norm.default"):
+        return False
+    names = [argument.name for argument in node.target._schema.arguments]
+    given = {**dict(zip(names, node.args, strict=False)), **node.kwargs}
+    # Without running statistics, batch_norm uses those of the batch in eval mode too
+    return given.get("train") is True or (given.get("training") is True and given.get("running_mean") is not None)
 
 
 _OPERATORS = re.compile(
@@ -313,7 +318,7 @@ def _danger_in_export(path: Path) -> str | None:
         except (zipfile.BadZipFile, ValueError, OSError) as error:
             raise _damaged(path, _reason(error)) from error
         pairs = [pair for document in documents.values() for pair in _pairs(document)]
-        pickled = {value["path_name"] for _, value in pairs if isinstance(value, dict) and value.get("use_pickle")}
+        pickled = {value.get("path_name") for _, value in pairs if isinstance(value, dict) and value.get("use_pickle")}
         for name in archive.namelist():
             base = name.rpartition("/")[2]
             if base.startswith(("custom_obj_", "opaque_obj_")):
@@ -428,9 +433,7 @@ def _unpickle(file: Any) -> Any:
             warnings.filterwarnings("ignore", "Detected pickle protocol", UserWarning)
             return torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        named = re.search(r"GLOBAL (?!is\b)([\w.]*\w)", str(error))
-        if named is None and "nsupported" not in str(error):
-            raise
+        named = re.search(r"GLOBAL ([\w.]*\w)", str(error))
         raise _RefusedPickleError(named[1] if named else "something other than tensors") from error
 
 
@@ -474,7 +477,8 @@ def _from_content(path: Path, content: Any, source: ModelSource, trusted: bool) 
             break
     if isinstance(inner, torch.nn.Module):
         return _Read(inner, "pickle", trusted)
-    if not isinstance(inner, Mapping) or not any(isinstance(value, torch.Tensor) for value in inner.values()):
+    has_tensors = isinstance(inner, Mapping) and any(isinstance(value, torch.Tensor) for value in inner.values())
+    if not has_tensors or not all(isinstance(key, str) for key in inner):
         what = f"a dict of {', '.join(map(str, list(content)[:5]))}" if isinstance(content, Mapping) else type(content)
         raise CheckpointError(f"{path}: holds {what}, but no state_dict; save model.state_dict()")
     return _Read(_built(path, dict(inner), getattr(inner, "_metadata", None), source), "state_dict", trusted)
@@ -712,6 +716,7 @@ def _copy(module: torch.nn.Module) -> torch.nn.Module:
 
 def _torch_model(read: _Read, recipe: Recipe, data_inputs: tuple[TensorSpec, ...], where: str) -> TorchModel:
     module = read.module
+    _refuse_empty(module, where)
     if read.declared is None:
         module = module.eval().cpu()
     for parameter in module.parameters():
@@ -729,12 +734,20 @@ def _torch_model(read: _Read, recipe: Recipe, data_inputs: tuple[TensorSpec, ...
     return TorchModel(module, Signature(inputs, outputs, dims))
 
 
+def _refuse_empty(module: torch.nn.Module, where: str) -> None:
+    tensors = itertools.chain(module.named_parameters(), module.named_buffers())
+    empty = [name for name, tensor in tensors if tensor.is_meta or "Uninitialized" in type(tensor).__name__]
+    if empty:
+        raise CheckpointError(
+            f"{where}: {len(empty)} tensor(s) have no values yet: {_few(empty)}; load the weights first (lazy modules "
+            "and the meta device have none)"
+        )
+
+
 def _refuse_non_finite(module: torch.nn.Module, where: str) -> None:
     """NaN is never right; infinity is in a buffer, where attention masks have it."""
 
     def is_bad(tensor: torch.Tensor, infinite: bool) -> bool:
-        if tensor.is_meta or "Uninitialized" in type(tensor).__name__:
-            return False
         if not tensor.is_floating_point():
             return False
         values = tensor if tensor.element_size() > 1 else tensor.float()
@@ -771,7 +784,8 @@ def _torch_inputs(
     guessed = read.guessed.dims if read.guessed else {}
     declared = _Declared(wanted, {}, symbols)
     inputs, dims = _settled(declared, {symbol: symbol for symbol in symbols}, recipe, where)
-    return inputs, {**{dim: bounds for dim, bounds in guessed.items() if dim in symbols}, **dims}
+    dynamic = {dim for spec in inputs for dim in spec.shape}
+    return inputs, {**{dim: bounds for dim, bounds in guessed.items() if dim in dynamic}, **dims}
 
 
 def _wanted(recipe: Recipe) -> tuple[TensorSpec, ...]:
@@ -782,19 +796,27 @@ _VARIADIC = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 
 
 def _listed(parameters: Iterable[inspect.Parameter]) -> str:
-    return ", ".join(p.name if p.default is p.empty else f"{p.name}=..." for p in parameters) or "nothing"
+    return ", ".join(_written(parameter) for parameter in parameters) or "nothing"
+
+
+def _written(parameter: inspect.Parameter) -> str:
+    if parameter.kind in _VARIADIC:
+        return f"{'*' * (1 + _VARIADIC.index(parameter.kind))}{parameter.name}"
+    return parameter.name if parameter.default is parameter.empty else f"{parameter.name}=..."
 
 
 def _in_order(
     inputs: tuple[TensorSpec, ...], parameters: Sequence[inspect.Parameter], forward: str
 ) -> tuple[TensorSpec, ...]:
     """The inputs in the order of forward's parameters."""
-    if any(parameter.kind in _VARIADIC for parameter in parameters):
+    # Names beside **kwargs are checked too: there a typo would be swallowed without a word
+    parameters = [parameter for parameter in parameters if parameter.kind is not inspect.Parameter.VAR_KEYWORD]
+    if not parameters or any(parameter.kind in _VARIADIC for parameter in parameters):
         return inputs
     order = {parameter.name: index for index, parameter in enumerate(parameters)}
     for spec in inputs:
         if spec.name not in order:
-            hint = did_you_mean(spec.name, order) if order else ""
+            hint = did_you_mean(spec.name, order)
             raise CheckpointError(f"{forward} takes {_listed(parameters)}, but no {spec.name!r}; {hint}")
     given = {spec.name for spec in inputs}
     lacking = [p.name for p in parameters if p.default is p.empty and p.name not in given]
@@ -810,7 +832,7 @@ def _by_keyword(inputs: Sequence[TensorSpec], parameters: Sequence[inspect.Param
     """The inputs that forward takes by keyword only, or after a parameter that is left out."""
     kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
     fronts = [parameter.name for parameter in parameters if parameter.kind in kinds]
-    if any(p.kind is inspect.Parameter.VAR_POSITIONAL for p in parameters) and not fronts:
+    if any(parameter.kind is inspect.Parameter.VAR_POSITIONAL for parameter in parameters):
         return ()
     names = [spec.name for spec in inputs]
     matching = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(names, fronts, strict=False))
@@ -1102,9 +1124,7 @@ def _settled(
 # ONNX
 
 
-def _read_onnx(
-    path: Path, recipe: Recipe, data_inputs: tuple[TensorSpec, ...]
-) -> tuple[OnnxModel, dict[str, str | None]]:
+def _read_onnx(path: Path, recipe: Recipe, data_inputs: tuple[TensorSpec, ...]) -> tuple[OnnxModel, dict[str, str]]:
     """The model, and the hashes of the files beside it that hold its weights."""
     import onnx
     import onnx_ir as ir
@@ -1126,6 +1146,7 @@ def _read_onnx(
 
 def _onnx_model(model: ir.Model, recipe: Recipe, data_inputs: tuple[TensorSpec, ...], where: str) -> OnnxModel:
     """Settle the signature of a model that is ours to change."""
+    import onnx_ir as ir
     from onnx_ir.passes.common import ShapeInferencePass
 
     _refuse_nan(model, where)
@@ -1146,7 +1167,7 @@ def _onnx_model(model: ir.Model, recipe: Recipe, data_inputs: tuple[TensorSpec, 
     }
     _rename_dims(model, {symbol: new for symbol, new in final.items() if symbol != new})
     for value, spec in zip(_true_inputs(model), inputs, strict=True):
-        value.shape = _ir_shape(spec)
+        value.shape = ir.Shape(spec.shape)
     outputs = tuple(_value_spec(value, f"{where}: output", f"{value.name}_dim_") for value in model.graph.outputs)
     return OnnxModel(model, Signature(inputs, outputs, dims))
 
@@ -1167,8 +1188,13 @@ def _true_inputs(model: ir.Model) -> list[ir.Value]:
     return [value for value in model.graph.inputs if value.name not in model.graph.initializers]
 
 
+_ONNX_DTYPES = {"FLOAT": "float32", "DOUBLE": "float64"}  # the others are called alike
+
+
 def _value_spec(value: ir.Value, what: str, unnamed: str) -> TensorSpec:
-    dtype = "unknown" if value.dtype is None else value.dtype.numpy().name
+    dtype = (
+        "of an unknown type" if value.dtype is None else _ONNX_DTYPES.get(value.dtype.name, value.dtype.name.lower())
+    )
     if dtype not in DTYPES:
         raise CheckpointError(f"{what} {value.name!r} is {dtype}; optkit has {', '.join(DTYPES)}")
     if value.shape is None:
@@ -1178,12 +1204,6 @@ def _value_spec(value: ir.Value, what: str, unnamed: str) -> TensorSpec:
         for axis, dim in enumerate(value.shape)
     )
     return TensorSpec(str(value.name), dtype, tuple(dims))
-
-
-def _ir_shape(spec: TensorSpec) -> ir.Shape:
-    import onnx_ir as ir
-
-    return ir.Shape(spec.shape)
 
 
 def _rename_dims(model: ir.Model, names: Mapping[str, str | int]) -> None:
@@ -1236,8 +1256,7 @@ def _blame(error: BaseException) -> str:
     if isinstance(error, SyntaxError) and error.filename:
         return f" at {error.filename}:{error.lineno}"
     torch = sys.modules.get("torch")
-    theirs = (__file__, "<", *((str(Path(torch.__file__).parent),) if torch and torch.__file__ else ()))
-    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if not frame.filename.startswith(theirs)]
-    if not frames or frames[-1].filename.startswith(str(Path(importlib.__file__).parent / "importlib")):
-        return ""
-    return f" at {frames[-1].filename}:{frames[-1].lineno}: `{frames[-1].line}`"
+    theirs = [str(Path(package.__file__).parent) for package in (importlib, torch) if package and package.__file__]
+    frames = traceback.extract_tb(error.__traceback__)
+    users = [frame for frame in frames if not frame.filename.startswith((__file__, "<", *theirs))]
+    return f" at {users[-1].filename}:{users[-1].lineno}: `{users[-1].line}`" if users else ""

@@ -298,6 +298,10 @@ def test_missing_empty_and_unknown_files(tmp_path: Path) -> None:
     assert "without config.json" in refused("folder")
     torch.save({"epoch": 1}, tmp_path / "no.pt")
     assert "a dict of epoch, but no state_dict" in refused("no.pt")
+    torch.save({0: torch.ones(1)}, tmp_path / "numbers.pt")
+    assert "a dict of 0, but no state_dict" in refused("numbers.pt")
+    with pytest.raises(CheckpointError, match="no model: name a checkpoint"):
+        load_model("", recipe())
     with pytest.raises(CheckpointError, match="dict: not a model"):
         load_model({}, recipe())  # type: ignore[arg-type]
 
@@ -603,6 +607,37 @@ def test_input_that_is_missing() -> None:
     assert [spec.name for spec in model.signature.inputs] == ["a", "b"]
 
 
+def test_names_beside_keyword_arguments_are_checked() -> None:
+    class Open(nn.Module):
+        def forward(self, x: torch.Tensor, mask: torch.Tensor | None = None, **more: Any) -> torch.Tensor:
+            return x if mask is None else x * mask
+
+    with pytest.raises(CheckpointError, match=r"takes x, mask=\.\.\., but no 'maks'; did you mean 'mask'"):
+        load_model(Open(), recipe(inputs={"x": "float32[batch,4]", "maks": "float32[batch,4]"}))
+    swapped = {"mask": "float32[batch,1]", "x": "float32[batch,4]"}
+    assert [spec.name for spec in loaded(Open(), recipe(inputs=swapped)).signature.inputs] == ["x", "mask"]
+
+
+def test_inputs_of_any_name_where_forward_takes_anything() -> None:
+    class Any_(nn.Module):
+        def forward(self, *args: torch.Tensor) -> torch.Tensor:
+            return args[0] - args[1]
+
+    model = loaded(Any_(), recipe(inputs={"b": "float32[batch,4]", "a": "float32[batch,4]"}))
+    one = torch.ones(2, 4)
+    torch.testing.assert_close(run(model, 3 * one, one), 2 * one)
+    assert [spec.name for spec in model.signature.inputs] == ["b", "a"]
+
+
+@pytest.mark.parametrize("make", [lambda: nn.LazyLinear(2), lambda: nn.Linear(4, 2, device="meta")])
+def test_weights_without_values(make: Callable[[], nn.Module]) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        net = make()
+    with pytest.raises(CheckpointError, match=r"2 tensor\(s\) have no values yet: weight, bias"):
+        load_model(net, recipe(inputs={"input": "float32[batch,4]"}))
+
+
 def test_dimension_that_does_not_vary() -> None:
     class Two(nn.Module):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -693,6 +728,9 @@ ONNX = (
 )
 
 
+ONNX_TEXT_TYPE = '<ir_version: 10, opset_import: ["": 20]> g (string[N] x) => (string[N] y) {y=Identity(x)}'
+
+
 def onnx_text(weights: str = "1,2,3,4,5,6,7,8") -> onnx.ModelProto:
     return onnx.parser.parse_model(ONNX % weights)
 
@@ -753,6 +791,12 @@ def test_truncated_and_invalid_onnx(tmp_path: Path) -> None:
         load_model(path, recipe(None))
 
 
+def test_onnx_with_a_type_that_optkit_lacks() -> None:
+    model = ir.from_proto(onnx.parser.parse_model(ONNX_TEXT_TYPE))
+    with pytest.raises(CheckpointError, match="input 'x' is string"):
+        load_model(model, recipe(None))
+
+
 def test_onnx_with_nan(tmp_path: Path) -> None:
     proto = onnx_text()
     weights = onnx.numpy_helper.to_array(proto.graph.initializer[0]).copy()
@@ -762,6 +806,13 @@ def test_onnx_with_nan(tmp_path: Path) -> None:
     for source in (tmp_path / "m.onnx", ir.from_proto(proto)):
         with pytest.raises(CheckpointError, match=r"NaN in 1 weight\(s\): w"):
             load_model(source, recipe(None))
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float", "double", "int8", "bool"])
+def test_onnx_types(dtype: str, onnx_model: Callable[..., OnnxModel]) -> None:
+    text = f"g ({dtype}[N,4] x) => ({dtype}[N,4] y) {{ y = Identity(x) }}"
+    model = load_model(onnx_model(text).ir, recipe(None)).model
+    assert model.signature.inputs[0].dtype == {"float": "float32", "double": "float64"}.get(dtype, dtype)
 
 
 def test_onnx_in_memory_is_never_changed(onnx_model: Callable[..., OnnxModel]) -> None:
@@ -801,6 +852,9 @@ def test_huggingface_folder(bert: Path, capfd: pytest.CaptureFixture[str]) -> No
     assert model.signature.dims == {"sequence": DimRange(1, 16, 16)}
     assert run(model, torch.ones(2, 5, dtype=torch.int64), torch.ones(2, 5, dtype=torch.int64))[0].shape == (2, 3)
     assert capfd.readouterr().err == ""
+    assert loaded(bert, recipe(None, dims={"sequence": 8})).signature.dims == {}
+    with pytest.raises(CheckpointError, match="no 'atention_mask'; did you mean 'attention_mask'"):
+        load_model(bert, recipe(None, inputs={"input_ids": "int64[batch,8]", "atention_mask": "int64[batch,8]"}))
     more = {"input_ids": "int64[batch,16]", "token_type_ids": "int64[batch,16]"}
     assert loaded(bert, recipe(None, inputs=more)).signature.dynamic == ("batch",)
 

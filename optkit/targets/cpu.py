@@ -28,7 +28,7 @@ class Cpu:
     def saturates_int8(self) -> bool:
         """Whether products of uint8 and int8 are summed in 16 bits, which loses accuracy on large weights.
 
-        x86 without VNNI does so (``vpmaddubsw``). On a small residual network that cost 7 dB of SQNR.
+        x86 without VNNI does so (``vpmaddubsw``).
         """
         return "avx2" in self.features and not {"avx512_vnni", "avx_vnni"} & set(self.features)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import tempfile
 import time
 from collections import Counter
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -124,7 +124,8 @@ class OnnxRuntimeTarget(Target):
     @property
     def dialect(self) -> Dialect:
         """UINT8 activations, convolutions quantized in and out, matrix products on their inputs only."""
-        return Dialect(int8=ORT_CPU, domains=frozenset({"com.microsoft"}))
+        saturates = this_cpu().saturates_int8 and not self.exact_int8
+        return Dialect(int8=replace(ORT_CPU, sums_in_16_bits=saturates), domains=frozenset({"com.microsoft"}))
 
     def can_build(self) -> Availability:
         """Whether onnxruntime is installed."""

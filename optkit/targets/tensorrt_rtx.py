@@ -12,6 +12,7 @@ from optkit.errors import OptkitError, UnavailableError
 from optkit.models import Engine, OnnxModel
 from optkit.targets import cuda, tensorrt_plan
 from optkit.targets.base import TENSORRT, Availability, Dialect, Runner, Target
+from optkit.targets.worker_client import PYTHON_VARIABLE
 
 MODULE = "tensorrt_rtx"
 
@@ -45,7 +46,8 @@ class TensorRtRtxTarget(Target):
         try:
             return tensorrt_plan.find(MODULE, "pip install 'optkit[rtx]'")
         except OptkitError as error:
-            return Availability(False, str(error), "see README, TensorRT")
+            mend = f"unset {PYTHON_VARIABLE}, or set it to a Python that has TensorRT-RTX"
+            return Availability(False, str(error), mend)
 
     def can_run(self) -> Availability:
         """Not yet: optkit builds these engines and does not run them. On most machines the reason is nearer."""

@@ -34,6 +34,7 @@ class Int8Policy:
         rules: names of the placement rules, in order (``quantize/placement``).
         bias: whether biases are INT32 behind a DequantizeLinear, or stay float.
         float_type: the precision that layers left out of INT8 run in.
+        sums_in_16_bits: whether kernels add two products of UINT8 and INT8 in 16 bits, which weights must not fill.
     """
 
     activations: Literal["uint8", "int8"]
@@ -41,6 +42,7 @@ class Int8Policy:
     rules: tuple[str, ...]
     bias: Literal["int32", "float"] = "float"
     float_type: Literal["float32", "float16"] = "float32"
+    sums_in_16_bits: bool = False
 
 
 ORT_CPU = Int8Policy(

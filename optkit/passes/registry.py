@@ -9,7 +9,8 @@ from typing import Any
 from optkit.errors import UnavailableError
 from optkit.passes.base import Pass
 from optkit.passes.build_engine import BuildEngine
-from optkit.passes.cast_float import CastBf16, CastFp16
+from optkit.passes.cast_bf16 import CastBf16
+from optkit.passes.cast_fp16 import CastFp16
 from optkit.passes.export_onnx import ExportOnnx
 from optkit.passes.optimize_graph import STEPS, OptimizeGraph
 from optkit.passes.quantize_int8 import QuantizeInt8

@@ -57,7 +57,7 @@ class Package:
 
     def download(self, folder: Path) -> Path:
         """Let pip bring the file into ``folder`` and check what came."""
-        flags = ["--no-binary=:all:", "--no-build-isolation"] if self.source else ["--only-binary=:all:"]
+        flags = ["--no-binary=:all:"] if self.source else ["--only-binary=:all:"]
         if self.platform:
             tags = ("manylinux_2_28_x86_64", "manylinux_2_17_x86_64", "manylinux2014_x86_64")
             flags += ["--python-version=3.11", *(f"--platform={tag}" for tag in tags)]

@@ -16,6 +16,7 @@ from optkit.errors import DataError, UnavailableError
 
 Array: TypeAlias = np.ndarray[Any, Any]
 Step: TypeAlias = Callable[[Any], Any]
+Positive: TypeAlias = Annotated[float, Field(gt=0)]
 
 
 @dataclass(frozen=True)
@@ -87,7 +88,8 @@ def _image_source(value: Any) -> Any:
     if isinstance(value, (bytes, bytearray)):
         return io.BytesIO(value)
     if isinstance(value, (str, Path)):
-        return value
+        # Read whole: pillow leaves a file that it opened itself open when decoding fails
+        return io.BytesIO(Path(value).read_bytes())
     raise ValueError(f"it is {type(value).__name__}, not bytes or a path")
 
 
@@ -171,7 +173,7 @@ class Normalize(Transform):
 
     use: Literal["normalize"] = "normalize"
     mean: float | tuple[float, ...]
-    std: float | tuple[float, ...]
+    std: Positive | tuple[Positive, ...]
     axis: int = -1
 
     def apply(self, value: Any) -> Array:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from optkit.bundle import Bundle, load
-    from optkit.compile import compile, validate
+    from optkit.compiler import compile, validate
     from optkit.errors import OptkitError
     from optkit.recipe import Recipe
 
@@ -20,9 +20,9 @@ _HOMES = {
     "Bundle": "optkit.bundle",
     "OptkitError": "optkit.errors",
     "Recipe": "optkit.recipe",
-    "compile": "optkit.compile",
+    "compile": "optkit.compiler",
     "load": "optkit.bundle",
-    "validate": "optkit.compile",
+    "validate": "optkit.compiler",
 }
 
 

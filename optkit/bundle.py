@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from optkit.data import Data
     from optkit.pipeline import Stage
     from optkit.targets.base import Runner
-    from optkit.validate import Report
+    from optkit.validation import Report
 
 FORMAT_VERSION = 1
 EXTERNAL_DATA_BYTES = 1_900_000_000

@@ -14,7 +14,7 @@ from optkit.errors import OutputError, UsageError
 from optkit.models import OnnxModel
 from optkit.pipeline import run_passes
 from optkit.recipe import Recipe
-from optkit.validate import Report, Verdict
+from optkit.validation import Report, Verdict
 
 MODEL = "g (float[batch,4] x, float[batch,4] y) => (float[batch,4] z) { a = Add(x, y)  z = Relu(a) }"
 RECIPE = "passes: [export_onnx, build_engine]\nname: add\n"

@@ -16,9 +16,9 @@ from optkit.pipeline import Stage
 from optkit.targets.base import Runner
 from optkit.targets.onnxruntime import open_onnx
 from optkit.targets.pytorch import open_torch
-from optkit.validate.accuracy import check_reference
+from optkit.validation.accuracy import check_reference
 
-log = logging.getLogger("optkit.validate")
+log = logging.getLogger("optkit.validation")
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from optkit.data import Batch
 from optkit.models import Engine
 from optkit.pipeline import Stage
 from optkit.targets.onnxruntime import open_onnx
-from optkit.validate.stages import compare_stages, first_past_tolerance, precision_of
+from optkit.validation.stages import compare_stages, first_past_tolerance, precision_of
 
 EXACT = "g (float[batch, 3] x) => (float[batch, 3] y) { two = Constant<value = float {2.0}>()  y = Mul(x, two) }"
 NEAR = "g (float[batch, 3] x) => (float[batch, 3] y) { two = Constant<value = float {2.001}>()  y = Mul(x, two) }"

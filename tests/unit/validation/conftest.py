@@ -15,7 +15,7 @@ from optkit.metrics import Top1
 from optkit.models import Signature, TensorSpec
 from optkit.recipe import LatencySettings
 from optkit.targets.base import Environment
-from optkit.validate import Contest, Entrant
+from optkit.validation import Contest, Entrant
 
 SIGNATURE = Signature((TensorSpec("x", "float32", ("batch", 3)),), (TensorSpec("y", "float32", ("batch", 3)),))
 

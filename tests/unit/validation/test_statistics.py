@@ -3,7 +3,7 @@ import math
 import numpy as np
 import pytest
 
-from optkit.validate.statistics import (
+from optkit.validation.statistics import (
     paired_metric,
     paired_proportions,
     paired_scores,

@@ -2,10 +2,10 @@ import numpy as np
 import pytest
 
 from optkit.recipe import Gate
-from optkit.validate.accuracy import Accuracy
-from optkit.validate.gate import Verdict, judge, judge_accuracy, judge_speed, worst
-from optkit.validate.latency import Latency
-from optkit.validate.statistics import Interval, paired_proportions
+from optkit.validation.accuracy import Accuracy
+from optkit.validation.gate import Verdict, judge, judge_accuracy, judge_speed, worst
+from optkit.validation.latency import Latency
+from optkit.validation.statistics import Interval, paired_proportions
 
 from .conftest import contest_of
 

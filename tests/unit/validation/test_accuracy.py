@@ -6,9 +6,9 @@ from optkit.errors import CheckpointError, DataError
 from optkit.metrics import F1, Agreement, Cosine
 from optkit.models import DimRange, Signature, TensorSpec
 from optkit.numerics import compare
-from optkit.validate import Contest, Entrant
-from optkit.validate.accuracy import batch_size_for, measure_accuracy
-from optkit.validate.statistics import paired_proportions
+from optkit.validation import Contest, Entrant
+from optkit.validation.accuracy import batch_size_for, measure_accuracy
+from optkit.validation.statistics import paired_proportions
 
 from .conftest import SIGNATURE, Arrays, Function, contest_of
 

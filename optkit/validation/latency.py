@@ -20,10 +20,10 @@ from optkit.data import Data
 from optkit.models import Feeds, Signature
 from optkit.recipe import LatencySettings
 from optkit.targets.base import Environment
-from optkit.validate.contest import Contest, Entrant
-from optkit.validate.statistics import Array, Interval, percentile_needs, ratio_of_rounds
+from optkit.validation.contest import Contest, Entrant
+from optkit.validation.statistics import Array, Interval, percentile_needs, ratio_of_rounds
 
-log = logging.getLogger("optkit.validate")
+log = logging.getLogger("optkit.validation")
 
 MOST_CALLS = 500
 """Of one turn: what a report with raw samples can carry."""

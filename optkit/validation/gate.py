@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
 from optkit.recipe import Gate
-from optkit.validate.accuracy import Accuracy
-from optkit.validate.contest import Contest
-from optkit.validate.latency import Latency
-from optkit.validate.statistics import Interval
+from optkit.validation.accuracy import Accuracy
+from optkit.validation.contest import Contest
+from optkit.validation.latency import Latency
+from optkit.validation.statistics import Interval
 
 Status: TypeAlias = Literal["passed", "missed", "inconclusive"]
 

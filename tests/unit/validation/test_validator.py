@@ -14,7 +14,7 @@ from optkit.models import DimRange, Engine, OnnxModel, Signature, TensorSpec, To
 from optkit.pipeline import Stage
 from optkit.recipe import Gate, LatencySettings, Recipe, ValidationSettings
 from optkit.report.text import render
-from optkit.validate import Contest, Entrant, compare_entrants, validate
+from optkit.validation import Contest, Entrant, compare_entrants, validate
 
 from .conftest import QUICK, SIGNATURE, Arrays, Function, contest_of
 

@@ -14,10 +14,10 @@ from optkit.errors import CheckpointError, DataError
 from optkit.metrics import Cosine
 from optkit.models import Feeds, Signature
 from optkit.numerics import Array, Difference, Sums, difference, sums
-from optkit.validate.contest import Contest
-from optkit.validate.statistics import Interval, identical, paired_metric, paired_scores
+from optkit.validation.contest import Contest
+from optkit.validation.statistics import Interval, identical, paired_metric, paired_scores
 
-log = logging.getLogger("optkit.validate")
+log = logging.getLogger("optkit.validation")
 
 
 @dataclass(frozen=True)

@@ -21,14 +21,14 @@ from optkit.recipe import Gate, Recipe, ValidationSettings
 from optkit.targets.base import Runner
 from optkit.targets.onnxruntime import open_onnx
 from optkit.targets.pytorch import open_torch
-from optkit.validate.accuracy import Accuracy, batch_size_for, measure_accuracy, whole_batches
-from optkit.validate.contest import Contest, Entrant
-from optkit.validate.gate import Verdict, judge
-from optkit.validate.latency import latency_document, measure_latency
-from optkit.validate.stages import TOLERANCES, StageError, compare_stages, first_past_tolerance, precision_of
-from optkit.validate.statistics import Interval
+from optkit.validation.accuracy import Accuracy, batch_size_for, measure_accuracy, whole_batches
+from optkit.validation.contest import Contest, Entrant
+from optkit.validation.gate import Verdict, judge
+from optkit.validation.latency import latency_document, measure_latency
+from optkit.validation.stages import TOLERANCES, StageError, compare_stages, first_past_tolerance, precision_of
+from optkit.validation.statistics import Interval
 
-log = logging.getLogger("optkit.validate")
+log = logging.getLogger("optkit.validation")
 
 SCHEMA_VERSION = 1
 

@@ -3,9 +3,9 @@ import pytest
 
 from optkit.models import DimRange, Signature, TensorSpec
 from optkit.recipe import LatencySettings
-from optkit.validate import Contest, Entrant
-from optkit.validate.latency import MOST_CALLS, latency_document, measure_latency, speed_verdict
-from optkit.validate.statistics import Interval
+from optkit.validation import Contest, Entrant
+from optkit.validation.latency import MOST_CALLS, latency_document, measure_latency, speed_verdict
+from optkit.validation.statistics import Interval
 
 from .conftest import QUICK, SIGNATURE, Function, contest_of
 

@@ -24,13 +24,15 @@ from optkit.recipe import Recipe
 from optkit.source import load_model
 from optkit.targets.onnxruntime import open_onnx
 from optkit.targets.pytorch import open_torch
-from optkit.validate import Report
-from optkit.validate import validate as judge
-from optkit.validate.contest import Contest, Entrant
-from optkit.validate.validator import compare_entrants
+from optkit.validation import Report
+from optkit.validation import validate as judge
+from optkit.validation.contest import Contest, Entrant
+from optkit.validation.validator import compare_entrants
 
 if TYPE_CHECKING:
     import torch
+
+    from optkit.targets.base import Runner
 
 log = logging.getLogger("optkit")
 
@@ -120,7 +122,9 @@ def validate(
 
         def enter(name: str, model: Any) -> Entrant:
             loaded = load_model(model, recipe, data.inputs if data else ()).model
-            runner = open_onnx(loaded, threads) if isinstance(loaded, OnnxModel) else open_torch(loaded, threads)
+            runner: Runner = (
+                open_onnx(loaded, threads) if isinstance(loaded, OnnxModel) else open_torch(loaded, threads)
+            )
             return Entrant(name, opened.enter_context(runner))
 
         rival = enter("baseline", baseline)

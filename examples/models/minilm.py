@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 from torch import nn
 from torch.nn import functional as F
+
+FETCHED = Path(__file__).resolve().parents[2] / ".data/minilm"
 
 
 class MiniLmClassifier(nn.Module):
@@ -25,11 +29,11 @@ class MiniLmClassifier(nn.Module):
         return self.head(self.embed(input_ids, attention_mask))
 
 
-def minilm_classifier(folder: str, classes: int = 5, pretrained: bool = False) -> nn.Module:
+def minilm_classifier(folder: str | Path = FETCHED, classes: int = 5, pretrained: bool = False) -> nn.Module:
     """The factory: ``examples/models/minilm.py:minilm_classifier``.
 
     Args:
-        folder: a Hugging Face model folder; without ``pretrained`` only its configuration is read.
+        folder: a Hugging Face model folder, as a rule the one that ``make data`` fetches; without ``pretrained`` only its configuration is read.
         classes: how many logits.
         pretrained: load the encoder's weights from the folder instead of leaving them to a state_dict.
     """

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-INTERRUPTED = 128 + signal.SIGINT
+INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 PIPE_CLOSED = 141  # 128 + SIGPIPE, which Windows does not have
 
 BAR_AFTER_SECONDS = 2.0
@@ -62,6 +62,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         with _interruptible():
             parsed = app(args=arguments or ["--help"], prog_name="optkit", standalone_mode=False)
+            if parsed == INTERRUPTED:  # some releases of Typer report Ctrl-C as an exit code
+                raise KeyboardInterrupt
             if not isinstance(parsed, Parsed):  # --help and --version have answered already
                 return int(parsed or 0)
             answer = parsed.run()
@@ -508,7 +510,7 @@ def compile_checkpoint(
     resolved = options.applied_to(_for_target(base, target))
     if checkpoint is None and resolved.model.checkpoint is None:
         raise UsageError("there is no model: name a checkpoint, or set model.checkpoint in the recipe")
-    from optkit.compile import compile
+    from optkit.compiler import compile
 
     out = out or Path(f"{_stem(checkpoint or resolved.model.checkpoint or '')}-{name}")
     with terminal.progress() as progress:
@@ -551,7 +553,7 @@ def validate_candidate(
     Accuracy, latency and the gate, as `compile` judges them. Exits with 0 if it passed and 3 if it did not.
     """
     from optkit import bundle as bundles
-    from optkit.compile import validate
+    from optkit.compiler import validate
     from optkit.recipe import Recipe
     from optkit.report.text import render
 

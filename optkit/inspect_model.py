@@ -307,7 +307,7 @@ def _lines(document: Document, indent: str = "") -> Iterator[str]:
         if isinstance(value, Mapping) and value and not indent:
             yield f"{key}:"
             yield from _lines(dict(value), "  ")
-        elif value is not None:
+        elif value not in (None, {}, []):
             yield f"{indent}{key:{width}}  {_plain(value)}" if indent else f"{key}: {_plain(value)}"
     if indent and len(document) > SHOWN:
         yield f"{indent}… and {len(document) - SHOWN} more (--json lists all)"

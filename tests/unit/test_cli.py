@@ -371,6 +371,15 @@ def test_sigterm_unwinds_like_an_interrupt():
         time.sleep(5)
 
 
+def test_an_interrupt_while_arguments_are_read(monkeypatch, capsys):
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("typer.core.TyperOption.process_value", interrupted)
+    assert main(["recipe", "list"]) == 130
+    assert error_of(capsys) == "interrupted"
+
+
 def test_the_script_runs_as_a_module(tmp_path: Path):
     run = subprocess.run([*OPTKIT, "recipe", "show", "nope"], capture_output=True, text=True, cwd=tmp_path, check=False)
     assert run.returncode == 2

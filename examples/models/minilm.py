@@ -33,7 +33,8 @@ def minilm_classifier(folder: str | Path = FETCHED, classes: int = 5, pretrained
     """The factory: ``examples/models/minilm.py:minilm_classifier``.
 
     Args:
-        folder: a Hugging Face model folder, as a rule the one that ``make data`` fetches; without ``pretrained`` only its configuration is read.
+        folder: a Hugging Face model folder, by default the one that ``make data`` fetches; without ``pretrained`` only
+            its configuration is read.
         classes: how many logits.
         pretrained: load the encoder's weights from the folder instead of leaving them to a state_dict.
     """

@@ -53,7 +53,7 @@ def run_passes(passes: Sequence[Pass[Any, Any]], model: Model, context: Context)
         raise PreconditionError(
             f"no pass of the recipe takes {_KIND[kind_of(model)]}: {', '.join(p.use for p in passes)}"
         )
-    for step in passes[entry:]:
+    for step in context.progress(passes[entry:], "passes"):
         start = time.perf_counter()
         after = _run(step, stages, context)
         seconds = time.perf_counter() - start

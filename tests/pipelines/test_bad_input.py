@@ -496,7 +496,7 @@ def test_an_interrupt_at_any_moment_leaves_nothing_or_a_whole_bundle(work: Path,
     before = listing(work.parent)
     delicate = {"compiler.compile", "compiler._staging", "bundle.write", "bundle._write_json", "bundle.move"}
     assert delicate <= set(functions)
-    for function in delicate | set(functions[::12]):
+    for function in delicate | set(functions[::16]):
         capsys.readouterr()
         with interrupted_at(function):
             assert main(command) == 130, function

@@ -52,6 +52,12 @@ def assert_same_graph(actual: OnnxModel, expected: OnnxModel) -> None:
     assert _canonical(actual.ir) == _canonical(expected.ir)
 
 
+@pytest.fixture
+def same_graph() -> Callable[[OnnxModel, OnnxModel], None]:
+    """``assert_same_graph``, for tests in folders below this one."""
+    return assert_same_graph
+
+
 def _canonical(model: ir.Model) -> list[object]:
     names: dict[str, str] = {}
 

@@ -27,7 +27,7 @@ SMALLEST_NORMAL = 2.0**-14
 class CastFp16(FloatCast):
     """Float32 becomes FP16 inside the graph; inputs and outputs stay float32.
 
-    FP16 ends at 65504. In float32 stay: ops whose results outgrow their inputs (``keep_ops``), nodes with a weight
+    FP16 ends at 65504. In float32 stay: ops that overflow or lose digits (``keep_ops``), nodes with a weight
     beyond that, a constant that would become zero or a scale that would lose digits, and, where the recipe has data,
     nodes whose values come near it on calibration samples. The record ``kept_float32`` says which and why.
     """

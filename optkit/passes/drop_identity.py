@@ -30,7 +30,7 @@ class DropIdentity(GraphEdit):
                 if source.producer() is None or source.is_graph_output() or source.graph is not model.graph:
                     continue
                 source.name, result.name = result.name, None
-                source.shape = source.shape or result.shape
+                source.shape, source.type = source.shape or result.shape, source.type or result.type
             result.replace_all_uses_with(source, replace_graph_outputs=True)
             model.graph.remove(node, safe=True)
             changed = True

@@ -23,6 +23,7 @@ from optkit.errors import OptkitError, PostconditionError, PreconditionError
 from optkit.models import DimRange, Feeds, OnnxModel, Signature, TensorSpec, TorchModel
 from optkit.numerics import compare
 from optkit.passes.base import Kind, Pass
+from optkit.passes.graph_edit import infer_types
 from optkit.targets.onnxruntime import open_onnx
 from optkit.targets.pytorch import open_torch
 
@@ -231,13 +232,11 @@ def _check_dims(value: ir.Value, spec: TensorSpec) -> None:
 
 def _refresh_shapes(model: ir.Model) -> None:
     """Correct the shapes inside the graph where the operators say otherwise: exporters leave stale ones behind."""
-    from onnx_ir.passes.common import ShapeInferencePass
-
     fresh = model.clone()
     for value in _inner_values(fresh):
         value.shape = None
     with _quiet():
-        ShapeInferencePass(strict_mode=False)(fresh)
+        infer_types(fresh)
     for value, inferred in zip(_inner_values(model), _inner_values(fresh), strict=True):
         if inferred.shape is not None and (value.shape is None or _contradict(value.shape, inferred.shape)):
             value.shape = inferred.shape

@@ -15,7 +15,7 @@ from optkit.errors import PostconditionError, PreconditionError, did_you_mean
 from optkit.models import Feeds, OnnxModel
 from optkit.numerics import compare
 from optkit.passes.base import OnnxPass
-from optkit.passes.graph_edit import constant, opset, sample_feeds
+from optkit.passes.graph_edit import constant, infer_missing_types, opset, sample_feeds
 from optkit.targets.onnxruntime import open_onnx
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ REDUCTIONS = (
     "ReduceSum",
     "ReduceSumSquare",
 )
-"""Ops whose results outgrow their inputs. LayerNormalization and Softmax are not among them: both accumulate in
+"""Ops that overflow or lose digits. LayerNormalization and Softmax are not among them: both accumulate in
 float32 whatever their type, and attention kernels want the products around Softmax in one type."""
 
 MASK = -1e9
@@ -87,7 +87,7 @@ class FloatCast(OnnxPass):
     keep: tuple[str, ...] = ()
     """Further nodes that stay in float32: names of nodes or of ops."""
     keep_ops: tuple[str, ...] = REDUCTIONS
-    """Ops that stay in float32 because their results outgrow their inputs."""
+    """Ops that stay in float32 because they overflow or lose digits."""
     min_sqnr: float = Field(default=30.0, ge=0)
     """The least signal to noise ratio against float32 that is accepted on each output, in dB."""
 
@@ -106,7 +106,7 @@ class FloatCast(OnnxPass):
 
         after = model.clone()
         common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(after.ir)
-        _infer_types(after.ir)
+        infer_missing_types(after.ir)
         kept = self._kept(after, context)
         if not _Rewrite(after.ir, self.to, kept).run():
             return model
@@ -132,7 +132,7 @@ class FloatCast(OnnxPass):
         if {_label(node), node.op_type} & {*self.keep}:
             return "the recipe keeps it"
         if node.op_type in self.keep_ops:
-            return f"{node.op_type} outgrows its inputs"
+            return f"{node.op_type} would overflow or lose digits"
         if not ports.inputs and not ports.outputs:
             return f"{node.domain or 'ai.onnx'}.{node.op_type} takes no {self.to} at opset {version}"
         return self.why_not(node, largest)
@@ -218,8 +218,11 @@ class Ports:
         halves = (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
         if node.op_type in ("Cast", "CastLike") and any(v.dtype in halves for v in (*node.inputs, *node.outputs) if v):
             return cls((), (), 0)  # a boundary between types that is there already
-        typed = any(attr.type in (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS) for attr in node.attributes.values())
-        if typed or node.op_type in TYPED_BY_ATTRIBUTE or any(_is_container(v) for v in (*node.inputs, *node.outputs)):
+        controls = any(
+            attr.type in (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS) for attr in node.attributes.values()
+        )
+        container = "Sequence" in node.op_type or "Optional" in node.op_type
+        if controls or container or node.op_type in TYPED_BY_ATTRIBUTE:
             return nothing
         try:
             schema = onnx.defs.get_schema(node.op_type, version, node.domain)
@@ -246,27 +249,12 @@ def _formal(parameters: Any, index: int) -> str:
 def _is_float(value: ir.Value | None) -> bool:
     import onnx_ir as ir
 
-    return value is not None and value.dtype == ir.DataType.FLOAT and not _is_container(value)
-
-
-def _is_container(value: ir.Value | None) -> bool:
-    """Whether this is a sequence or an optional of tensors."""
-    import onnx_ir as ir
-
-    return value is not None and isinstance(value.type, (ir.SequenceType, ir.OptionalType))
+    return value is not None and value.dtype == ir.DataType.FLOAT
 
 
 def _label(node: ir.Node) -> str:
     """The node's name; the one of its first output if it has none."""
     return str(node.name or node.outputs[0].name)
-
-
-def _infer_types(model: ir.Model) -> None:
-    """Infer the types of values that have none."""
-    from onnx_ir.passes.common import ShapeInferencePass
-
-    if any(value.dtype is None for node in model.graph for value in node.outputs if value.name):
-        ShapeInferencePass(strict_mode=False)(model)
 
 
 def _spread(model: ir.Model, kept: dict[str, str]) -> None:

@@ -90,13 +90,11 @@ def _match(value: ir.Value) -> _Core | None:
     if parts is None:
         return None
     difference, deviation = parts
-    found = _inputs(deviation, "Add")
-    epsilon = scalar(found[1]) if found else None
-    mean = _mean(found[0]) if found and epsilon is not None else None
+    found = _mean_and_epsilon(deviation)
     centered = _centered(difference)
-    if mean is None or centered is None or epsilon is None:
+    if found is None or centered is None:
         return None
-    squared, axes = mean
+    (squared, axes), epsilon = found
     x, mean_axes = centered
     base = _square_base(squared)
     if base is None or (base is not difference and _centered(base) != centered) or axes != mean_axes:
@@ -108,6 +106,16 @@ def _match(value: ir.Value) -> _Core | None:
     if wanted != list(range(depth - len(wanted), depth)) or not wanted:
         return None
     return _Core(x, -len(wanted), epsilon)
+
+
+def _mean_and_epsilon(value: ir.Value) -> tuple[tuple[ir.Value, tuple[int, ...]], float] | None:
+    """The mean and the constant, if ``value`` is their sum."""
+    summands = _inputs(value, "Add")
+    for one, other in (summands, summands[::-1]) if summands else ():
+        mean, epsilon = _mean(one), scalar(other)
+        if mean is not None and epsilon is not None:
+            return mean, epsilon
+    return None
 
 
 def _numerator_and_deviation(value: ir.Value) -> tuple[ir.Value, ir.Value] | None:

@@ -41,6 +41,7 @@ class GraphEdit(OnnxPass):
         if not self.applies(model.ir):
             return model
         after = model.clone()
+        infer_missing_types(after.ir)
         return after if self.edit(after.ir, context) else model
 
     def ensures(self, before: OnnxModel, after: OnnxModel, context: Context) -> None:
@@ -67,6 +68,27 @@ class RuleEdit(GraphEdit):
                 return done > 0
             sweep(model)
         raise PostconditionError(f"its rules still change the graph after {ROUNDS} rounds: two of them undo each other")
+
+
+CONTAINERS = ("Optional", "SequenceConstruct", "SequenceEmpty", "SequenceErase", "SequenceInsert", "SplitToSequence")
+"""Ops that give no tensor; ``onnx_ir`` infers a tensor's type for them nevertheless."""
+
+
+def infer_missing_types(model: ir.Model) -> None:
+    """Infer types and shapes if a value has no type; every pass may rely on them."""
+    if any(value.dtype is None and node.op_type not in CONTAINERS for node in model.graph for value in node.outputs):
+        infer_types(model)
+
+
+def infer_types(model: ir.Model) -> None:
+    """Infer types and shapes; what ``CONTAINERS`` give keeps the type that it has."""
+    from onnx_ir.passes.common import ShapeInferencePass
+
+    untyped = [value for node in model.graph if node.op_type in CONTAINERS for value in node.outputs]
+    before = [(value, value.type) for value in untyped]
+    ShapeInferencePass(strict_mode=False)(model)
+    for value, kind in before:
+        value.type = kind
 
 
 def sweep(model: ir.Model) -> None:

@@ -21,7 +21,7 @@ from optkit.passes.fuse_conv_bn import FuseConvBn
 from optkit.passes.fuse_gelu import FuseGelu
 from optkit.passes.fuse_gemm import FuseGemm
 from optkit.passes.fuse_layer_norm import FuseLayerNorm
-from optkit.passes.graph_edit import GraphEdit, drift, is_same, tolerance_db
+from optkit.passes.graph_edit import GraphEdit, drift, infer_missing_types, is_same, tolerance_db
 from optkit.passes.materialize_shapes import MaterializeShapes
 from optkit.passes.merge_initializers import MergeInitializers
 from optkit.passes.merge_nodes import MergeNodes
@@ -72,6 +72,7 @@ class OptimizeGraph(OnnxPass):
     def run(self, model: OnnxModel, context: Context) -> OnnxModel:
         """Run the steps in turn until none of them finds anything."""
         after, changed, idle = model.clone(), False, 0
+        infer_missing_types(after.ir)
         steps = self._schedule()
         for step in itertools.islice(itertools.cycle(steps), ROUNDS * len(steps)):
             if step.applies(after.ir) and step.edit(after.ir, context):

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from optkit.context import Context
-from optkit.passes.graph_edit import RuleEdit
+from optkit.passes.graph_edit import RuleEdit, rank, scalar
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
 
 
 class SimplifyGraph(RuleEdit):
@@ -21,10 +24,10 @@ class SimplifyGraph(RuleEdit):
         from onnxscript.rewriter.rules import common as rules
 
         return [
-            *rules.mul_by_1_rule.commute(),
-            *rules.add_0_rule.commute(),
-            rules.sub_0_rule,
-            rules.div_by_1_rule,
+            *_neutral("Mul", 1.0).commute(),
+            *_neutral("Add", 0.0).commute(),
+            _neutral("Sub", 0.0),
+            _neutral("Div", 1.0),
             rules.dropout_zero_rule,
             rules.dropout_inference_rule,
             rules.no_op_cast_rule,
@@ -47,3 +50,20 @@ class SimplifyGraph(RuleEdit):
             rules.remove_optional_bias_from_conv_transpose_rule,
             rules.remove_optional_bias_from_gemm_rule,
         ]
+
+
+def _neutral(op_type: str, number: float) -> Any:
+    """``op_type(x, number)`` becomes ``x``. onnxscript's own rule takes the 1e-12 of a normalization for zero."""
+    from onnxscript.rewriter import RewriteRule
+
+    def pattern(op: Any, x: Any, c: Any) -> Any:
+        return getattr(op, op_type)(x, c)
+
+    def check(context: Any, x: ir.Value, c: ir.Value) -> bool:
+        known = rank(x)
+        return scalar(c) == number and (rank(c) == 0 or (known is not None and (rank(c) or 0) <= known))
+
+    def rewrite(op: Any, x: Any, c: Any) -> Any:
+        return op.Identity(x)
+
+    return RewriteRule(pattern, rewrite, check)

@@ -629,12 +629,17 @@ def list_recipes(terminal: Terminal) -> Answer:
     rows: list[dict[str, str]] = []
     for source in (*PRESETS, *map(str, sorted(Path("recipes").glob("*.yaml")))):
         try:
-            rows.append({"recipe": source, "description": Recipe.load(source).description})
+            recipe = Recipe.load(source)
+            rows.append({"recipe": source, "description": recipe.description or _passes(recipe)})
         except OptkitError as error:
             rows.append({"recipe": source, "error": "; ".join(str(error).splitlines())})
     width = max(len(row["recipe"]) for row in rows)
     lines = [f"{row['recipe']:{width}}  {row.get('description') or row.get('error', '')}".rstrip() for row in rows]
     return Answer({"recipes": rows}, "\n".join(lines))
+
+
+def _passes(recipe: Recipe) -> str:
+    return " > ".join(step.use for step in recipe.passes)
 
 
 @command(recipes, "show", ["recipe show int8 > my-recipe.yaml"])
@@ -665,7 +670,7 @@ def check_recipes(
         except UsageError as error:
             problems.append(str(error))
         else:
-            good.append(f"{file}: {' > '.join(step.use for step in loaded.passes)}")
+            good.append(f"{file}: {_passes(loaded)}")
     document = {"recipes": good, "problems": problems}
     return Answer(document, "\n".join(good), problem="\n".join(problems), exit_code=2 if problems else 0)
 

@@ -39,7 +39,7 @@ def inspect_path(path: Path) -> Document:
         return _bundle(path)
     if path.is_file() and (plan := _PLANS.get(_head(path))):
         return {"path": str(path), "kind": plan, "bytes": path.stat().st_size, "note": "only its runtime can read it"}
-    kind = source._recognise(path)
+    kind = source.recognise(path)
     read = {
         "onnx": _onnx,
         "torch.export": _exported,
@@ -213,8 +213,8 @@ def _saved(path: Path) -> Document:
     from optkit import source
 
     try:
-        content = source._unpickle(path)
-    except source._RefusedPickleError as refused:
+        content = source.unpickle(path)
+    except source.RefusedPickleError as refused:
         return {"note": f"a pickle that names {refused}: loading it could run code, so nothing of it was loaded"}
     except Exception as error:
         raise _damaged(path, error) from error

@@ -128,7 +128,7 @@ def _sha256(path: Path) -> str:
 
 
 def _from_path(path: Path, recipe: Recipe, data_inputs: tuple[TensorSpec, ...]) -> Loaded:
-    kind = _recognise(path)
+    kind = recognise(path)
     if kind == "onnx":
         model, external = _read_onnx(path, recipe, data_inputs)
         return Loaded(model, _provenance(kind, recipe.model, path, external_data=external))
@@ -153,7 +153,12 @@ _FOREIGN = {
 }
 
 
-def _recognise(path: Path) -> str:
+def recognise(path: Path) -> str:
+    """What a file or folder is, by its content: the name of one of the readers.
+
+    Raises:
+        CheckpointError: there is nothing, or nothing that optkit reads.
+    """
     if path.is_dir():
         if (path / "config.json").is_file():
             return "huggingface"
@@ -342,8 +347,8 @@ def _refused_in(archive: zipfile.ZipFile, member: str) -> str | None:
     content = archive.read(member)
     try:
         if content:
-            _unpickle(io.BytesIO(content))
-    except _RefusedPickleError as error:
+            unpickle(io.BytesIO(content))
+    except RefusedPickleError as error:
         return str(error)
     except Exception as error:
         return f"something unreadable ({_reason(error)})"
@@ -418,11 +423,11 @@ def _read_torchscript(path: Path, source: ModelSource) -> _Read:
     return _Read(module, "torchscript", parameters=tuple(parameters))
 
 
-class _RefusedPickleError(Exception):
+class RefusedPickleError(Exception):
     """``weights_only`` met this global, which is not on torch's list of harmless ones."""
 
 
-def _unpickle(file: Any) -> Any:
+def unpickle(file: Any) -> Any:
     """``torch.load`` that runs no code."""
     import pickle
 
@@ -434,14 +439,14 @@ def _unpickle(file: Any) -> Any:
             return torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         named = re.search(r"GLOBAL ([\w.]*\w)", str(error))
-        raise _RefusedPickleError(named[1] if named else "something other than tensors") from error
+        raise RefusedPickleError(named[1] if named else "something other than tensors") from error
 
 
 def _read_pickle(path: Path, source: ModelSource) -> _Read:
     trusted = False
     try:
-        content = _unpickle(path)
-    except _RefusedPickleError as refused:
+        content = unpickle(path)
+    except RefusedPickleError as refused:
         if not source.trust_pickle:
             raise CheckpointError(
                 f"{path}: the pickle names {refused}, and unpickling it could run code, so it was not loaded. Where "

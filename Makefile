@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 DATA := .data
+SETS := digits fashion efficientnet photos minilm bbc
 CONSTRAINTS := .ci/constraints.txt
 
 .DEFAULT_GOAL := help
@@ -25,7 +26,8 @@ demo: $(VENV)/.ready ## Compile a trained digit classifier to INT8, validate it,
 	$(BIN)/optkit compile --recipe recipes/digits-int8-rtx.yaml --out .out/digits-int8-rtx
 
 data: $(VENV)/.ready ## Fetch every model and data set that the tests and benchmarks use (about 150 MB)
-	$(BIN)/python calibration/fetch.py all --to $(DATA)
+	$(BIN)/python calibration/fetch.py $(SETS) --to $(DATA)
+	$(BIN)/python examples/models/prepare.py digits fashion efficientnet bbc --data $(DATA)
 
 test: data ## Run the tests
 	$(BIN)/python -m pytest

@@ -1,4 +1,4 @@
-"""BF16 without BF16 kernels: the same arithmetic in float32, each result rounded to BF16."""
+"""FP16 and BF16 without their kernels: the same arithmetic in float32, each result rounded."""
 
 from __future__ import annotations
 
@@ -10,21 +10,27 @@ if TYPE_CHECKING:
     import onnx_ir as ir
 
 
-def bf16_in_float32(model: OnnxModel) -> OnnxModel:
-    """A model that any runtime with float32 kernels can run, as ONNX Runtime's CPU, which has none for BF16.
+def halves_in_float32(model: OnnxModel) -> OnnxModel:
+    """A model that computes what FP16 or BF16 kernels would, where there are none.
 
-    Every BF16 value becomes a float32 one that a pair of Casts rounds to BF16. It differs from real BF16 kernels where
-    those round within an op. Inputs and outputs keep their types. A model without BF16 comes back as it is.
+    ONNX Runtime's CPU has no BF16 kernels, and it runs most FP16 ops in float32 without rounding in between, so that
+    overflow does not show. Here every such value becomes a float32 one that a pair of Casts rounds. It differs from
+    real kernels only where those round within an op. Inputs and outputs keep their types; a model without FP16 and BF16
+    comes back as it is.
     """
-    import onnx_ir as ir
-
-    if not any(value.dtype == ir.DataType.BFLOAT16 for value in _values(model.ir)):
+    if not any(_is_half(value.dtype) for value in _values(model.ir)):
         return model
     after = model.clone()
     for value in _values(after.ir):
-        if value.dtype == ir.DataType.BFLOAT16:
+        if _is_half(value.dtype):
             _widen(after.ir.graph, value)
     return after
+
+
+def _is_half(dtype: object) -> bool:
+    import onnx_ir as ir
+
+    return dtype in (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
 
 
 def _values(model: ir.Model) -> list[ir.Value]:
@@ -35,6 +41,8 @@ def _values(model: ir.Model) -> list[ir.Value]:
 def _widen(graph: ir.Graph, value: ir.Value) -> None:
     import onnx_ir as ir
 
+    half = value.dtype
+    assert half is not None  # the caller asked
     if value.const_value is not None:
         value.const_value = _widened(value.const_value, value.name)
         value.type = ir.TensorType(ir.DataType.FLOAT)  # a new type: clones share theirs with the original
@@ -47,7 +55,7 @@ def _widen(graph: ir.Graph, value: ir.Value) -> None:
         _widen_attributes(producer)
         name = str(value.name)
         value.type, value.name = ir.TensorType(ir.DataType.FLOAT), f"{name}_exact"
-        exact = _cast(value, ir.DataType.BFLOAT16, name)
+        exact = _cast(value, half, name)
         place = exact.producer()
         graph.insert_after(producer, *([place] if place else []))
         if value.is_graph_output():
@@ -78,10 +86,10 @@ def _widen_attributes(node: ir.Node) -> None:
     import onnx_ir as ir
 
     for name in ("to", "dtype", "output_dtype"):
-        if node.attributes.get_int(name, 0) == int(ir.DataType.BFLOAT16):
+        if _is_half(node.attributes.get_int(name, 0)):
             node.attributes[name] = ir.AttrInt64(name, int(ir.DataType.FLOAT))
     held = node.attributes.get("value")
-    if held is not None and held.type == ir.AttributeType.TENSOR and held.as_tensor().dtype == ir.DataType.BFLOAT16:
+    if held is not None and held.type == ir.AttributeType.TENSOR and _is_half(held.as_tensor().dtype):
         node.attributes["value"] = ir.AttrTensor("value", _widened(held.as_tensor(), None))
 
 

@@ -7,7 +7,6 @@ from typing import ClassVar, Literal
 from pydantic import Field
 
 from optkit.context import Context
-from optkit.emulation import bf16_in_float32
 from optkit.errors import PreconditionError
 from optkit.models import OnnxModel
 from optkit.passes.float_cast import FloatCast, Ports
@@ -45,7 +44,3 @@ class CastBf16(FloatCast):
                 raise PreconditionError(
                     f"{node.op_type} takes no BF16 at opset {version}: export with `opset: {FULL_OPSET}` or later"
                 )
-
-    def runnable(self, model: OnnxModel) -> OnnxModel:
-        """Emulated in float32: ONNX Runtime's CPU has no BF16 kernels."""
-        return bf16_in_float32(model)

@@ -158,7 +158,10 @@ class ExportOnnx(Pass[TorchModel, OnnxModel]):
                         f"the exported model fails on {what}, on which PyTorch runs: {_first_line(error)}; "
                         "fix that dimension to one size with `dims`"
                     ) from error
-                found = compare(wanted, actual)
+                try:
+                    found = compare(wanted, actual)
+                except PostconditionError as error:
+                    raise PostconditionError(f"on {what}, the exported model differs from PyTorch: {error}") from error
                 if found.max_rel > self.tolerance:
                     raise PostconditionError(
                         f"the exported model differs from PyTorch on {what}, worst in the output {found.worst!r}: "

@@ -5,7 +5,7 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from optkit.emulation import bf16_in_float32
+from optkit.emulation import halves_in_float32
 from optkit.models import OnnxModel
 from optkit.passes.graph_edit import infer_types
 from optkit.targets.onnxruntime import open_onnx
@@ -37,13 +37,24 @@ def test_every_result_is_rounded(model: OnnxModel) -> None:
     product = bf16(bf16(x).astype(np.float32) * w).astype(np.float32)
     wanted = bf16(1 / (1 + np.exp(-product))).astype(np.float32)
     for optimize in (False, True):
-        with open_onnx(bf16_in_float32(model), optimize=optimize) as runner:
+        with open_onnx(halves_in_float32(model), optimize=optimize) as runner:
             np.testing.assert_array_equal(runner.run({"x": x})["y"], wanted)
 
 
 def test_the_model_is_not_changed_and_without_bf16_it_comes_back(model: OnnxModel, onnx_model: Any) -> None:
     before = str(model.ir)
-    bf16_in_float32(model)
+    halves_in_float32(model)
     assert str(model.ir) == before
     plain = onnx_model("g (float[2] x) => (float[2] y) { y = Relu(x) }")
-    assert bf16_in_float32(plain) is plain
+    assert halves_in_float32(plain) is plain
+
+
+def test_fp16_overflows_as_it_does_on_real_kernels(onnx_model: Any) -> None:
+    model = onnx_model(
+        "g (float[1] x) => (float[1] y) { a = Cast<to = 10>(x) b = Mul(a, a) c = Neg(b) y = Cast<to = 1>(c) }"
+    )
+    infer_types(model.ir)
+    feeds = {"x": np.array([300.0], np.float32)}
+    for optimize in (False, True):
+        with open_onnx(halves_in_float32(model), optimize=optimize) as runner:
+            assert runner.run(feeds)["y"] == [-np.inf]

@@ -1,0 +1,180 @@
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import pytest
+
+from optkit.context import Context
+from optkit.data import Batch
+from optkit.errors import PostconditionError, PreconditionError
+from optkit.models import OnnxModel
+from optkit.passes.cast_fp16 import CastFp16
+from optkit.targets.onnxruntime import open_onnx
+
+F16, F32 = ir.DataType.FLOAT16, ir.DataType.FLOAT
+
+
+class Samples:
+    """Calibration data of one input whose values reach 100."""
+
+    def batches(self, split: str, size: int, limit: int | None = None) -> Iterator[Batch]:
+        yield Batch({"x": np.full((size, 2), 100.0, np.float32)}, None)
+
+
+def kept(model: OnnxModel) -> dict[str, str]:
+    return dict(model.records["kept_float32"])
+
+
+def test_casts_stand_at_the_boundary(rewrites: Any) -> None:
+    after = rewrites(
+        CastFp16(),
+        "g (float[n,2] x) => (float[n,2] y) <float[2,2] w = {1, 2, 3, 4}, float[2] b = {1, 2}> { y = Gemm(x, w, b) }",
+        """g (float[n,2] x) => (float[n,2] y) <float[2,2] w = {1, 2, 3, 4}, float[2] b = {1, 2}> {
+            h = Cast<to = 10>(x) g = Gemm(h, w, b) y = Cast<to = 1>(g) }""",
+    )
+    assert kept(after) == {}
+    assert {value.dtype for value in after.ir.graph.initializers.values()} == {F16}
+
+
+def test_what_has_no_float_stays(leaves: Any) -> None:
+    leaves(CastFp16(), "g (int64[n,2] x) => (int64[n,2] y) <int64 one = {1}> { y = Add(x, one) }")
+    leaves(CastFp16(), "g (float[n,2] x) => (int64[2] y) { y = Shape(x) }")
+
+
+def test_indices_and_sizes_stay_exact(rewrites: Any) -> None:
+    """Relu runs in FP16; the index arithmetic behind it does not, and Resize takes its scales in float32."""
+    rewrites(
+        CastFp16(),
+        """g (float[1,1,2,2] x) => (float[1,1,4,4] y, int64[1,1,2,2] i) <
+            float[4] s = {1, 1, 2, 2}, float half = {0.5}> {
+            r = Relu(x) y = Resize(r, , s) p = Mul(r, half) f = Floor(p) i = Cast<to = 7>(f) }""",
+        """g (float[1,1,2,2] x) => (float[1,1,4,4] y, int64[1,1,2,2] i) <
+            float[4] s = {1, 1, 2, 2}, float half = {0.5}> {
+            h = Cast<to = 10>(x) r = Relu(h) k = Cast<to = 1>(r) z = Resize(r, , s) y = Cast<to = 1>(z)
+            p = Mul(k, half) f = Floor(p) i = Cast<to = 7>(f) }""",
+    )
+
+
+def test_a_small_epsilon_and_the_sums_around_it_stay(rewrites: Any) -> None:
+    text = """g (float[n,4] x) => (float[n,4] y) <float eps = {0.000000000001}, int64[1] axis = {-1}> {
+        v = ReduceSumSquare(x, axis) w = Add(v, eps) r = Sqrt(w) y = Div(x, r) }"""
+    after = """g (float[n,4] x) => (float[n,4] y) <float eps = {0.000000000001}, int64[1] axis = {-1}> {
+        h = Cast<to = 10>(x) v = ReduceSumSquare(x, axis) w = Add(v, eps) r = Sqrt(w) i = Cast<to = 10>(r)
+        z = Div(h, i) y = Cast<to = 1>(z) }"""
+    reasons = kept(rewrites(CastFp16(), text, after))
+    assert reasons == {
+        "v": "ReduceSumSquare would overflow or lose digits",
+        "w": "'eps' is 1e-12, which is zero in FP16",
+        "r": "its inputs are float32",
+    }
+
+
+def test_a_weight_beyond_the_range_stays_and_is_named(onnx_model: Any, context: Context) -> None:
+    model = onnx_model(
+        """g (float[n,2] x) => (float[n,2] y) <float[2,2] w = {100000, 2, 3, 4}, float scale = {0.00001}> {
+            a = Relu(x) m = MatMul(a, w) y = Mul(m, scale) }"""
+    )
+    after = CastFp16().run(model, context)
+    assert kept(after)["m"] == "'w' holds 1e+05, FP16 ends at 65504"
+    assert after.ir.graph.initializers["w"].dtype == F32
+    CastFp16().ensures(model, after, context)
+
+
+def test_minus_infinity_in_a_mask_becomes_the_lowest_number(onnx_model: Any, context: Context) -> None:
+    model = onnx_model(
+        """g (float[n,4] x, bool[n,4] m) => (float[n,4] y) <float low = {-3.4e38}, float zero = {0}> {
+            k = Where(m, zero, low) s = Add(x, k) y = Softmax(s) }"""
+    )
+    after = CastFp16().run(model, context)
+    assert kept(after) == {}
+    lowest = after.ir.graph.initializers["low_float16"].const_value
+    assert lowest is not None
+    assert float(lowest.numpy()) == -65504
+    CastFp16().ensures(model, after, context)
+
+
+GROWING = """g (float[n,2] x) => (float[n,2] y) <float k = {500}> {
+    a = Relu(x) b = Mul(a, k) c = Neg(b) y = Sigmoid(c) }"""
+
+
+def test_what_overflows_on_calibration_data_stays(onnx_model: Any, context: Context) -> None:
+    model = onnx_model(GROWING)
+    with_data = replace(context, data=Samples())  # type: ignore[arg-type]  # batches is all that the pass asks for
+    after = CastFp16().run(model, with_data)
+    assert kept(after) == {
+        name: f"{value!r} reaches 5e+04 on calibration data" for name, value in {"b": "b", "c": "b", "y": "c"}.items()
+    }
+    assert kept(CastFp16(headroom=1).run(model, with_data)) == {}
+    assert kept(CastFp16(samples=0).run(model, with_data)) == {}
+    assert kept(CastFp16().run(model, context)) == {}
+
+
+def test_an_overflow_that_nobody_saw_coming_is_named(onnx_model: Any, context: Context) -> None:
+    model = onnx_model(GROWING.replace("500", "60000").replace("Sigmoid(c)", "Mul(c, k)"))
+    after = CastFp16().run(model, context)
+    with pytest.raises(PostconditionError, match="outputs are not finite, first at the node that gives 'b'"):
+        CastFp16().ensures(model, after, context)
+
+
+def test_nodes_and_ops_can_be_kept_by_name(onnx_model: Any, context: Context) -> None:
+    model = onnx_model(GROWING)
+    assert kept(CastFp16(keep=("b", "Sigmoid")).run(model, context)) == {
+        "b": "the recipe keeps it",
+        "c": "its inputs are float32",
+        "y": "the recipe keeps it",
+    }
+    with pytest.raises(
+        PreconditionError, match=r"`keep` names 'Sigmoit', which is no node and no op: did you mean 'Sigmoid'"
+    ):
+        CastFp16(keep=("Sigmoit",)).requires(model, context)
+
+
+def test_a_quantized_graph_keeps_its_pairs(onnx_model: Any, context: Context) -> None:
+    text = """g (float[n,2] x) => (float[n,2] y) <
+        float sx = {0.03}, float sw = {0.01}, int8 z = {0}, float tiny = {0.00001},
+        int32[2] b = {5, 6}, int32 zb = {0}, float[2,2] w = {0.5, 1, -1, 0.25}> {
+        xq = QuantizeLinear(x, sx, z) xd = DequantizeLinear(xq, sx, z)
+        wq = QuantizeLinear(w, sw, z) wd = DequantizeLinear(wq, sw, z) bd = DequantizeLinear(b, tiny, zb)
+        y = Gemm(xd, wd, bd) }"""
+    model = onnx_model(text)
+    after = CastFp16().run(model, context)
+    scales = {str(node.inputs[1].dtype) for node in after.ir.graph if "Linear" in node.op_type and node.inputs[1]}
+    assert scales == {"FLOAT16", "FLOAT"}
+    assert kept(after) == {"bd": "'tiny' holds a scale of 1e-05, too small for FP16"}
+    assert sum(node.op_type == "QuantizeLinear" for node in after.ir.graph) == 2
+    CastFp16().ensures(model, after, context)
+
+
+def test_below_opset_19_the_pairs_stay_in_float32(onnx_model: Any, context: Context) -> None:
+    model = onnx_model(
+        """g (float[n,2] x) => (float[n,2] y) <float s = {0.03}, int8 z = {0}> {
+            q = QuantizeLinear(x, s, z) d = DequantizeLinear(q, s, z) y = Relu(d) }""",
+        opset=18,
+    )
+    after = CastFp16().run(model, context)
+    assert set(kept(after)) == {"q", "d"}
+    onnx.checker.check_model(ir.to_proto(after.ir), full_check=True)
+
+
+def test_subgraphs_and_sequences_stay_in_float32(onnx_model: Any, context: Context) -> None:
+    model = onnx_model(
+        """g (float[n,4] x, bool c) => (float[n,4] y) {
+            a = Relu(x)
+            b = If(c) <then_branch = t () => (float[n,4] p) { p = Neg(a) }, else_branch = e () => (float[n,4] q) {
+                q = Identity(a) }>
+            s = SplitToSequence<axis = 1>(b) k = ConcatFromSequence<axis = -1>(s) y = Relu(k) }"""
+    )
+    after = CastFp16().run(model, context)
+    assert set(kept(after)) == {"b", "s", "k"}
+    onnx.checker.check_model(ir.to_proto(after.ir), full_check=True)
+    with open_onnx(model) as before, open_onnx(after) as runner:
+        feeds = {"x": np.array([[1.0, -2, 3, -4]], np.float32), "c": np.array(False)}
+        np.testing.assert_allclose(runner.run(feeds)["y"], before.run(feeds)["y"])
+
+
+def test_a_target_without_fast_kernels_is_warned_about(onnx_model: Any, context: Context, caplog: Any) -> None:
+    CastFp16().requires(onnx_model(GROWING), context)
+    assert "has no fast FP16 kernels" in caplog.text

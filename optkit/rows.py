@@ -420,13 +420,15 @@ def stream_table(datasets: Any, stream: Any, source: HubSource, seed: int) -> Ta
 
 @contextmanager
 def _datasets(what: str, hint: str = "") -> Iterator[Any]:
-    """The library, silent; whatever it raises says ``what`` could not be read."""
+    """The library, silent and without its usage counts; whatever it raises says ``what`` could not be read."""
     try:
         import datasets
     except ImportError as error:
         raise UnavailableError("this data needs the datasets package: pip install datasets") from error
-    shows = datasets.is_progress_bar_enabled()
+    shows, counts = datasets.is_progress_bar_enabled(), datasets.config.HF_UPDATE_DOWNLOAD_COUNTS
     datasets.disable_progress_bars()
+    # Otherwise even a local file is reported to the hub
+    datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False
     try:
         yield datasets
     except DataError:
@@ -435,6 +437,7 @@ def _datasets(what: str, hint: str = "") -> Iterator[Any]:
         reason = str(error.__cause__ or error).strip().splitlines() or [type(error).__name__]
         raise DataError(f"{what}: datasets cannot read it: {reason[0]}" + (f"; {hint}" if hint else "")) from error
     finally:
+        datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = counts
         if shows:
             datasets.enable_progress_bars()
 

@@ -290,7 +290,7 @@ def padded(array: Array, axis: int, size: int, value: float) -> Array:
 
 
 class Tokenize(Transform):
-    """Text, or a pair of texts, becomes one input for each of ``fields``, which name the inputs."""
+    """Text, or a pair of texts, becomes one input for each of ``fields``, named ``prefix`` and the field."""
 
     use: Literal["tokenize"] = "tokenize"
     tokenizer: str
@@ -299,6 +299,8 @@ class Tokenize(Transform):
     padding: Literal["max_length", "longest"] = "max_length"
     """To ``max_length`` always, or to the longest text of each batch."""
     fields: tuple[str, ...] = ("input_ids", "attention_mask")
+    prefix: str = ""
+    """Tells apart the inputs of a model that takes several texts."""
     dtype: Literal["int64", "int32"] = "int64"
     dim: str = "sequence"
 
@@ -327,7 +329,7 @@ class Tokenize(Transform):
                 padding="max_length" if self.padding == "max_length" else False,
                 return_token_type_ids="token_type_ids" in self.fields,
             )
-            return {field: self._field(tokenizer, tokens, field) for field in self.fields}
+            return {self.prefix + field: self._field(tokenizer, tokens, field) for field in self.fields}
 
         return tokenize
 

@@ -1,6 +1,6 @@
 """Writes each fetched model as a ``torch.export`` program too, with a dynamic batch, beside its state_dict.
 
-python examples/models/prepare.py digits fashion efficientnet bbc --data .data
+python examples/models/prepare.py digits fashion efficientnet bbc movies --data .data
 
 .data/digits/handwriting_model.pth     ->  .data/digits/digit_cnn.pt2
 .data/fashion/resnet8.pt               ->  .data/fashion/resnet8.pt2
@@ -64,6 +64,12 @@ EXAMPLES = {
         "bbc/classifier.safetensors",
         "bbc/minilm_classifier.pt2",
         lambda data: minilm_classifier(str(data / "minilm")),
+        _tokens,
+    ),
+    "movies": Example(
+        "movies/classifier.safetensors",
+        "movies/minilm_classifier.pt2",
+        lambda data: minilm_classifier(str(data / "minilm"), classes=2),
         _tokens,
     ),
 }

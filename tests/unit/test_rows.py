@@ -163,6 +163,15 @@ def test_parquet_csv_and_json(tmp_path: Path, datasets: Any) -> None:
         assert column(opened_table, "label", [0, 1, 2]) == [2, 0, 1]
 
 
+def test_a_local_file_is_reported_to_nobody(tmp_path: Path, datasets: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    datasets.Dataset.from_dict({"n": [1]}).to_parquet(tmp_path / "a.parquet")
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
+    calls: list[str] = []
+    monkeypatch.setattr(datasets.load, "get_session", lambda: calls.append("the hub was called"))
+    opened(tmp_path, "parquet", path="a.parquet")
+    assert calls == []
+
+
 def test_images_in_parquet_and_save_to_disk_stay_encoded(tmp_path: Path, datasets: Any) -> None:
     images(tmp_path, "1.png")
     features = datasets.Features({"image": datasets.Image()})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import pytest
 from PIL import Image
 from pydantic import TypeAdapter, ValidationError
 
-from optkit.errors import DataError
+from optkit.errors import DataError, UnavailableError
 from optkit.transforms import AnyTransform, Ragged
 
 Array = np.ndarray[Any, Any]
@@ -178,6 +179,11 @@ def test_tokenize_a_pair(tokenizer: Path) -> None:
     np.testing.assert_array_equal(tokens["token_type_ids"], [0, 0, 0, 1, 1])
 
 
+def test_tokenize_for_a_model_of_two_texts(tokenizer: Path) -> None:
+    tokens = apply("tokenize", "a", tokenizer=str(tokenizer), fields=["input_ids"], prefix="left_")
+    assert list(tokens) == ["left_input_ids"]
+
+
 def test_tokenize_says_what_does_not_suit_it(tokenizer: Path, tmp_path: Path) -> None:
     with pytest.raises(DataError, match="tokenize wants text, not int"):
         apply("tokenize", 3, tokenizer=str(tokenizer))
@@ -187,3 +193,17 @@ def test_tokenize_says_what_does_not_suit_it(tokenizer: Path, tmp_path: Path) ->
         apply("tokenize", "a", tokenizer=str(tmp_path / "none"))
     with pytest.raises(DataError, match="transformers cannot read this tokenizer"):
         apply("tokenize", "a", tokenizer=str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("package", "step", "extra"),
+    [("PIL", {"use": "decode"}, "images"), ("transformers", {"use": "tokenize", "tokenizer": "."}, "transformers")],
+)
+def test_a_missing_package_is_named_with_its_extra(
+    package: str, step: dict[str, str], extra: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # None in sys.modules is what makes an import fail
+    monkeypatch.setitem(sys.modules, package, None)
+    options = {key: value for key, value in step.items() if key != "use"}
+    with pytest.raises(UnavailableError, match=rf"pip install 'optkit\[{extra}\]'"):
+        apply(step["use"], b"", **options)

@@ -1,13 +1,171 @@
-"""QuantizeInt8."""
+"""Quantizes an FP32 graph to INT8 with calibration samples, as the target wants it."""
 
 from __future__ import annotations
 
-from typing import Literal
+import logging
+import math
+from collections.abc import Iterator
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any, Literal
 
+import numpy as np
+
+from optkit.context import Context
+from optkit.errors import DataError, PostconditionError, PreconditionError
+from optkit.models import OnnxModel
 from optkit.passes.base import OnnxPass
+from optkit.quantize.calibration import Calibration, Split, choose
+from optkit.quantize.linter import lint
+from optkit.quantize.measure import outputs_of
+from optkit.quantize.observers import observe
+from optkit.quantize.placement import Placement, name_nodes, place
+from optkit.quantize.qdq import Quantization, write
+from optkit.quantize.scales import WeightMethod
+from optkit.targets.base import Int8Policy
+
+if TYPE_CHECKING:
+    from optkit.data import Batch, Data
+
+log = logging.getLogger("optkit.quantize")
+
+_QUANTIZED_OPS = frozenset(
+    {"QuantizeLinear", "DequantizeLinear", "QLinearConv", "QLinearMatMul", "ConvInteger", "MatMulInteger"}
+)
+
+_PROMISES = frozenset({"W8", "W9"})
+"""Linter rules that mean that a node which was to be INT8 runs in float."""
+
+_PROBE_BYTES = 1 << 28
+"""What the observed tensors of a batch may take together."""
 
 
 class QuantizeInt8(OnnxPass):
-    """QuantizeInt8."""
+    """Weights become INT8, and the activations that the target's policy names get Q/DQ pairs."""
 
     use: Literal["quantize_int8"] = "quantize_int8"
+    calibrate: Calibration = Calibration()
+    """How the ranges of activations are found."""
+    weights: WeightMethod = "max"
+    """Ranges of weights, per output channel: ``max``, or ``mse`` for the least squared error."""
+    exclude: tuple[str, ...] = ()
+    """Names of nodes, or patterns such as ``encoder.0/*``, that stay in float."""
+
+    def requires(self, model: OnnxModel, context: Context) -> None:
+        """Calibration data, a target that has INT8, and a float model of opset 13 or later."""
+        _policy(context)
+        _calibration_data(context)
+        quantized = next((node for node in model.ir.graph.all_nodes() if node.op_type in _QUANTIZED_OPS), None)
+        if quantized is not None:
+            raise PreconditionError(
+                f"the model is already quantized: node {quantized.name!r} is a {quantized.op_type}; "
+                "start from the float model, or drop quantize_int8 from the recipe"
+            )
+        opset = model.ir.opset_imports.get("", 0)
+        if opset < 13:
+            raise PreconditionError(f"the model has opset {opset}, scales per channel need 13: export it again")
+
+    def run(self, model: OnnxModel, context: Context) -> OnnxModel:
+        """Place, calibrate in one pass over the samples, choose the scales, and write the Q/DQ pairs."""
+        policy, data = _policy(context), _calibration_data(context)
+        named = model.clone()
+        name_nodes(named)
+        placement = place(named, policy, self.exclude)
+        if not placement.weights:
+            reasons = "; ".join(f"{node}: {why}" for node, why in list(placement.kept_float.items())[:5])
+            raise PreconditionError(f"nothing to quantize ({reasons or 'the model has no convolution or product'})")
+        samples = Split(holds_out=self.calibrate.method == "auto")
+        size = _batch_size(named, placement, self.calibrate.batch_size)
+        batches = samples.observe(_batches(named, data, size, self.calibrate.samples))
+        statistics = observe(named, placement.observed, context.progress(batches, "calibrating"), context.threads)
+        # Too few batches to hold one out: what was observed has to do
+        held_out = samples.held_out or list(_batches(named, data, size, size))
+        quantization, ranking = choose(
+            named, placement, statistics, policy, self.calibrate, self.weights, held_out, context.threads
+        )
+        _log_placement(placement)
+        quantized = write(named, quantization)
+        ranges = {
+            "data": data.fingerprint("calibration"),
+            "samples": samples.observed,
+            "tensors": _ranges(quantization),
+        }
+        return quantized.with_record("ranges", ranges).with_record(
+            "quantization",
+            {
+                "policy": asdict(policy),
+                "method": next(iter(ranking), self.calibrate.method),
+                "sqnr_by_method": ranking,
+                "int8": list(placement.int8),
+                "float": dict(placement.kept_float),
+            },
+        )
+
+    def ensures(self, before: OnnxModel, after: OnnxModel, context: Context) -> None:
+        """The target can take every Q/DQ pair, nothing that was promised runs in float, and outputs are finite."""
+        broken = [finding for finding in lint(after, _policy(context)) if finding.is_error or finding.rule in _PROMISES]
+        if broken:
+            raise PostconditionError("the linter objects to what was written: " + "; ".join(map(str, broken[:5])))
+        batches = list(_batches(after, _calibration_data(context), size=1, limit=4))
+        for name, array in outputs_of(after, batches, context.threads)[0].items():
+            if not np.isfinite(array).all():
+                raise PostconditionError(f"output {name!r} of the quantized model is not finite: is the float one's?")
+
+
+def _policy(context: Context) -> Int8Policy:
+    policy = context.target.dialect.int8
+    if policy is None:
+        raise PreconditionError(
+            f"the target {context.target.name!r} has no INT8: choose another target, or drop quantize_int8"
+        )
+    return policy
+
+
+def _calibration_data(context: Context) -> Data:
+    if context.data is None:
+        raise PreconditionError("quantize_int8 needs data: add `data:` to the recipe")
+    calibration, validation = (context.data.fingerprint(split) for split in ("calibration", "validation"))
+    if calibration == validation:
+        raise DataError(
+            "calibration and validation are the same samples, which would flatter the result: "
+            "give each a split of its own in the data spec"
+        )
+    return context.data
+
+
+def _batches(model: OnnxModel, data: Data, size: int, limit: int) -> Iterator[Batch]:
+    """Calibration batches of a size that the model takes."""
+    fixed = None if model.signature.batch else _fixed_batch(model)
+    batches = data.batches("calibration", fixed or size, max(limit, fixed or 1))
+    # A model with a fixed batch cannot take the rest that does not fill one
+    return (batch for batch in batches if fixed is None or len(batch) == fixed)
+
+
+def _fixed_batch(model: OnnxModel) -> int | None:
+    shape = model.signature.inputs[0].shape if model.signature.inputs else ()
+    return shape[0] if shape and isinstance(shape[0], int) else None
+
+
+def _batch_size(model: OnnxModel, placement: Placement, most: int) -> int:
+    """How many samples at a time keep the observed tensors within the budget; shapes that nobody knows do not count."""
+    sizes = model.signature.sizes(**{model.signature.batch: 1}) if model.signature.batch else {}
+    total = 0
+    for node in model.ir.graph:
+        for value in node.outputs:
+            if value.name in placement.observed and value.shape is not None:
+                total += 4 * math.prod(
+                    dim if isinstance(dim, int) else sizes.get(str(dim.value), 1) for dim in value.shape
+                )
+    return max(1, min(most, _PROBE_BYTES // max(total, 1)))
+
+
+def _ranges(quantization: Quantization) -> dict[str, Any]:
+    return {
+        name: {"scale": float(scale.scale), "zero_point": scale.zero_point, "dtype": scale.dtype}
+        for name, scale in sorted(quantization.activations.items())
+    }
+
+
+def _log_placement(placement: Placement) -> None:
+    log.info("%d nodes in INT8, %d weighted nodes in float", len(placement.int8), len(placement.kept_float))
+    for node, reason in placement.kept_float.items():
+        log.debug("%s stays in float: %s", node, reason)

@@ -1,0 +1,130 @@
+"""From the statistics of one pass to the scale of every tensor, by a method or by the one that measures best."""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal, TypeAlias
+
+from pydantic import Field
+
+from optkit.documents import Strict
+from optkit.models import OnnxModel
+from optkit.quantize.measure import decibels, noise_to_signal, outputs_of, ranking
+from optkit.quantize.observers import Statistics
+from optkit.quantize.placement import Placement
+from optkit.quantize.qdq import Quantization, quantize_weights, write
+from optkit.quantize.scales import RangeMethod, Scale, WeightMethod, activation_scale
+from optkit.targets.base import Int8Policy
+
+if TYPE_CHECKING:
+    from optkit.data import Batch
+
+log = logging.getLogger("optkit.quantize")
+
+Method: TypeAlias = RangeMethod | Literal["auto"]
+
+_EVERY = 8
+_MOST_HELD_OUT = 32
+
+
+class Calibration(Strict):
+    """How ranges are found."""
+
+    method: Method = "auto"
+    """``max``, ``percentile``, ``entropy``, ``mse``, or ``auto``: the one with the least error on held-out samples."""
+    percentile: float = Field(default=99.999, gt=50, le=100)
+    """Of the method ``percentile``."""
+    samples: int = Field(default=512, ge=1)
+    """How many samples of the calibration split."""
+    batch_size: int = Field(default=32, ge=1)
+    """How many samples are run at a time at most; fewer where their tensors would take more than 256 MiB."""
+
+    def candidates(self) -> tuple[tuple[RangeMethod, float], ...]:
+        """The methods to choose from, with their percentiles."""
+        if self.method != "auto":
+            return ((self.method, self.percentile),)
+        return (
+            ("mse", self.percentile),
+            ("max", self.percentile),
+            ("percentile", 99.999),
+            ("percentile", 99.99),
+            ("entropy", self.percentile),
+        )
+
+
+@dataclass
+class Split:
+    """Parts the calibration samples: most are observed, every eighth batch, up to 32 samples, is held out to choose by.
+
+    Attributes:
+        holds_out: whether any are held out.
+        observed: how many samples were passed on so far.
+        held_out: the batches that were not.
+    """
+
+    holds_out: bool
+    observed: int = 0
+    held_out: list[Batch] = field(default_factory=list)
+
+    def observe(self, batches: Iterable[Batch]) -> Iterator[Batch]:
+        """The batches to observe."""
+        for index, batch in enumerate(batches):
+            if self.holds_out and index % _EVERY == _EVERY - 1 and sum(map(len, self.held_out)) < _MOST_HELD_OUT:
+                self.held_out.append(batch)
+            else:
+                self.observed += len(batch)
+                yield batch
+
+
+def scales(
+    placement: Placement,
+    statistics: Mapping[str, Statistics],
+    policy: Int8Policy,
+    method: RangeMethod,
+    percentile: float = 99.999,
+) -> dict[str, Scale]:
+    """The scale of every tensor that the placement quantizes."""
+    pooled = dict(statistics)
+    for group in placement.one_scale:
+        together = functools.reduce(Statistics.merge, (statistics[name] for name in sorted(group)))
+        pooled.update(dict.fromkeys(group, together))
+    chosen = {name: activation_scale(pooled[name], method, policy.symmetric, percentile) for name in placement.observed}
+    return chosen | {name: chosen[source] for name, source in placement.same_scale.items()}
+
+
+def choose(
+    model: OnnxModel,
+    placement: Placement,
+    statistics: Mapping[str, Statistics],
+    policy: Int8Policy,
+    settings: Calibration,
+    weights: WeightMethod,
+    held_out: Sequence[Batch],
+    threads: int,
+) -> tuple[Quantization, dict[str, float]]:
+    """The quantization by the method that is asked for, or by the one whose outputs are nearest to the float model's.
+
+    Returns:
+        the quantization, and the SQNR of each method in dB, the best first; empty if there was nothing to choose.
+    """
+
+    def quantization(method: RangeMethod, percentile: float) -> Quantization:
+        activations = scales(placement, statistics, policy, method, percentile)
+        return Quantization(placement, activations, quantize_weights(model, placement, policy, activations, weights))
+
+    candidates = settings.candidates()
+    if len(candidates) == 1:
+        return quantization(*candidates[0]), {}
+    reference = outputs_of(model, held_out, threads)
+    found: dict[str, Quantization] = {}
+    errors: dict[str, float] = {}
+    for method, percentile in candidates:
+        name = f"{method} {percentile}" if method == "percentile" else method
+        found[name] = quantization(method, percentile)
+        errors[name] = noise_to_signal(reference, outputs_of(write(model, found[name]), held_out, threads))
+        log.debug("calibration by %s: %.2f dB", name, decibels(errors[name]))
+    best = min(errors, key=errors.__getitem__)
+    return found[best], ranking(errors)

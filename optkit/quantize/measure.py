@@ -1,0 +1,46 @@
+"""How far a quantized model's outputs are from the float model's, on a few batches."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from optkit.models import Feeds, OnnxModel
+from optkit.targets.onnxruntime import open_onnx
+
+if TYPE_CHECKING:
+    from optkit.data import Batch
+
+
+def outputs_of(model: OnnxModel, batches: Sequence[Batch], threads: int) -> list[Feeds]:
+    """The model's outputs for each batch."""
+    with open_onnx(model, threads) as runner:
+        return [runner.run(batch.feeds) for batch in batches]
+
+
+def noise_to_signal(reference: Sequence[Feeds], outputs: Sequence[Feeds]) -> float:
+    """The squared error over the squared reference, averaged over the float outputs; infinite if one is not finite."""
+    names = [name for name, array in reference[0].items() if np.issubdtype(array.dtype, np.floating)]
+    ratios = [_ratio([r[name] for r in reference], [o[name] for o in outputs]) for name in names]
+    mean = sum(ratios) / len(ratios) if ratios else 0.0
+    return mean if math.isfinite(mean) else math.inf
+
+
+def decibels(ratio: float) -> float:
+    """A noise to signal ratio as SQNR in dB, higher is better; 200 stands for everything that is as good as exact."""
+    return min(200.0, -10 * math.log10(max(ratio, 1e-20))) if math.isfinite(ratio) else -math.inf
+
+
+def _ratio(reference: Sequence[np.ndarray[Any, Any]], outputs: Sequence[np.ndarray[Any, Any]]) -> float:
+    pairs = [(r.astype(np.float64), o.astype(np.float64)) for r, o in zip(reference, outputs, strict=True)]
+    signal = sum(float(np.square(r).sum()) for r, _ in pairs)
+    noise = sum(float(np.square(r - o).sum()) for r, o in pairs)
+    return noise / signal if signal > 0 else noise
+
+
+def ranking(errors: Mapping[str, float]) -> dict[str, float]:
+    """Errors as SQNR in dB, the best first."""
+    return {name: round(decibels(errors[name]), 2) for name in sorted(errors, key=errors.__getitem__)}

@@ -1,0 +1,88 @@
+"""What several rules ask of the graph."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+ACTIVATIONS = frozenset({"Relu", "Clip"})
+"""Ops that fuse with the convolution before them."""
+
+MOVES = frozenset({"Flatten", "Reshape", "Squeeze", "Transpose", "Unsqueeze"})
+"""Ops that move values and change none."""
+
+
+def is_float(value: ir.Value | None) -> bool:
+    """Whether a tensor is float32."""
+    import onnx_ir as ir
+
+    return value is not None and value.dtype == ir.DataType.FLOAT
+
+
+def constant(value: ir.Value | None) -> ir.TensorProtocol | None:
+    """The data of an initializer or a Constant node."""
+    import onnx_ir as ir
+
+    return None if value is None else ir.convenience.get_const_tensor(value)
+
+
+def only_consumer(value: ir.Value) -> ir.Node | None:
+    """The node that reads a tensor, if it is the only one and the tensor is no output of the graph."""
+    uses = tuple(value.uses())
+    return uses[0].node if len(uses) == 1 and not value.is_graph_output() else None
+
+
+def after_activation(value: ir.Value) -> ir.Value:
+    """The tensor after the Relu or Clip from zero that is a tensor's only reader, or the tensor itself.
+
+    What it writes begins at zero, so the quantization after it saturates just as it does, and the runtime drops it. A
+    Clip from elsewhere would stay, and part the convolution from its Q.
+    """
+    consumer = only_consumer(value)
+    if consumer is None or consumer.op_type not in ACTIVATIONS or consumer.inputs[0] is not value:
+        return value
+    if consumer.op_type == "Clip":
+        low = constant(consumer.inputs[1]) if len(consumer.inputs) > 1 else None
+        if low is None or low.numpy().item() != 0:
+            return value
+    return consumer.outputs[0]
+
+
+def attribute(node: ir.Node, name: str, default: int) -> int:
+    """An integer attribute."""
+    found = node.attributes.get(name)
+    return default if found is None else found.as_int()
+
+
+def weight_problem(node: ir.Node) -> str | None:
+    """Why a weighted node's weight cannot be stored as INT8, or None."""
+    weight = constant(node.inputs[1]) if len(node.inputs) > 1 else None
+    if weight is None:
+        return "its second operand is not a constant"
+    if not is_float(node.inputs[0]) or weight.dtype.numpy() != "float32":
+        return "it does not compute in float32"
+    if node.op_type in ("MatMul", "Gemm") and len(weight.shape) != 2:
+        return "its weight is not a matrix"
+    if node.op_type == "Gemm" and attribute(node, "transA", 0):
+        return "its activation is transposed"
+    bias = node.inputs[2] if len(node.inputs) > 2 else None
+    if bias is not None:
+        values = constant(bias)
+        if values is None or len(values.shape) != 1 or attribute_float(node, "beta", 1.0) != 1.0:
+            return "its bias is not a constant vector"
+    return None
+
+
+def attribute_float(node: ir.Node, name: str, default: float) -> float:
+    """A float attribute."""
+    found = node.attributes.get(name)
+    return default if found is None else found.as_float()
+
+
+def weight_axis(node: ir.Node) -> int:
+    """The axis of a weight that counts output channels."""
+    if node.op_type == "Gemm":
+        return 0 if attribute(node, "transB", 0) else 1
+    return {"Conv": 0, "ConvTranspose": 1, "MatMul": 1}[node.op_type]

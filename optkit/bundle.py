@@ -158,7 +158,7 @@ def write(
         "target": recipe.target.name,
         "engine": final.path.name if isinstance(final, Engine) else "model.onnx",
         "signature": _SIGNATURE.dump_python(final.signature, mode="json"),
-        "checkpoint": dict(provenance),
+        "checkpoint": _absolute(provenance),
         "data": {split: data.fingerprint(split) for split in ("calibration", "validation")} if data else None,
         "seed": recipe.seed,
         "threads": threads,
@@ -169,6 +169,12 @@ def write(
     }
     _write_json(folder / "manifest.json", manifest)
     return Bundle(folder, manifest)
+
+
+def _absolute(provenance: Mapping[str, Any]) -> dict[str, Any]:
+    """The path as `optkit validate` can follow it from any folder."""
+    path = provenance.get("path")
+    return {**provenance, "path": str(Path(path).resolve()) if path else None}
 
 
 def save_onnx(model: OnnxModel, path: Path) -> None:

@@ -108,7 +108,8 @@ def validate(
     Raises:
         OptkitError: one of the two cannot be opened, or they do not have the same inputs and outputs.
     """
-    bundle = bundles.load(candidate) if isinstance(candidate, str | Path) and Path(candidate).is_dir() else None
+    is_bundle = isinstance(candidate, str | Path) and bundles.is_bundle(Path(candidate))
+    bundle = bundles.load(candidate) if is_bundle else None
     if recipe is None:
         recipe = bundle.recipe if bundle else Recipe.load("fp32")
     recipe = recipe if isinstance(recipe, Recipe) else Recipe.load(recipe)

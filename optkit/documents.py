@@ -58,6 +58,8 @@ def validate(cls: type[D], document: dict[str, Any], origin: str, lines: dict[Lo
     except ValidationError as error:
         # A tuple whose items are wrong is also reported as too short: once is enough
         details = [d for d in error.errors() if d["type"] != "too_short" or not d["input"]]
+        # A misspelt key also leaves its right name missing: the spelling comes first
+        details.sort(key=lambda d: d["type"] != "extra_forbidden")
         problems = [_explain(cls, detail, origin, lines or {}) for detail in details]
         raise RecipeError("\n".join(problems)) from error
 

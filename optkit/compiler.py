@@ -11,14 +11,16 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import numpy as np
 
 from optkit import bundle as bundles
 from optkit.bundle import Bundle
 from optkit.context import Context, Progress, silent
 from optkit.data import open_data, random_data
 from optkit.errors import GateError, OutputError, UsageError
-from optkit.models import OnnxModel
+from optkit.models import DimRange, OnnxModel, TorchModel
 from optkit.pipeline import run_passes
 from optkit.recipe import Recipe
 from optkit.source import load_model
@@ -32,9 +34,12 @@ from optkit.validation.validator import compare_entrants
 if TYPE_CHECKING:
     import torch
 
+    from optkit.data import Data
     from optkit.targets.base import Runner
 
 log = logging.getLogger("optkit")
+
+M = TypeVar("M", bound=TorchModel | OnnxModel)
 
 
 def compile(
@@ -70,11 +75,12 @@ def compile(
     with _staging(out) as folder, collected_warnings() as warnings, cpu_threads(recipe.threads) as threads:
         data = open_data(recipe.data, recipe.seed) if recipe.data else None
         loaded = load_model(model or recipe.model.checkpoint or "", recipe, data.inputs if data else ())
+        start = fit_to_data(loaded.model, data, recipe) if data else loaded.model
         scratch = folder / "scratch"
         scratch.mkdir()
         context = Context(recipe.target, scratch, data, recipe.seed, threads, progress)
-        stages = run_passes(recipe.passes, loaded.model, context)
-        samples = data or random_data(loaded.model.signature, recipe.seed)
+        stages = run_passes(recipe.passes, start, context)
+        samples = data or random_data(start.signature, recipe.seed)
         report = judge(stages, recipe, replace(context, data=samples))
         report.document["warnings"] = warnings
         report.document["passes"] = [{"name": stage.name, "seconds": stage.seconds} for stage in stages[1:]]
@@ -108,8 +114,9 @@ def validate(
     Raises:
         OptkitError: one of the two cannot be opened, or they do not have the same inputs and outputs.
     """
-    is_bundle = isinstance(candidate, str | Path) and bundles.is_bundle(Path(candidate))
-    bundle = bundles.load(candidate) if is_bundle else None
+    bundle = None
+    if isinstance(candidate, str | Path) and bundles.is_bundle(Path(candidate)):
+        bundle = bundles.load(candidate)
     if recipe is None:
         recipe = bundle.recipe if bundle else Recipe.load("fp32")
     recipe = recipe if isinstance(recipe, Recipe) else Recipe.load(recipe)
@@ -134,6 +141,33 @@ def validate(
         context = Context(recipe.target, Path(), samples, recipe.seed, threads, progress)
         contest = Contest((rival,), judged, rival.name, what=str(candidate))
         return compare_entrants(contest, context, recipe.validation, recipe.gate, recipe.name)
+
+
+def fit_to_data(model: M, data: Data, recipe: Recipe) -> M:
+    """Tune dynamic dimensions that the recipe says nothing of for the sizes that the calibration samples have.
+
+    The batch stays as it is: how many samples run together is not the data's business.
+    """
+    signature = model.signature
+    free = [dim for dim in signature.dynamic if dim != signature.batch and dim not in recipe.dims]
+    if not free:
+        return model
+    seen: dict[str, list[int]] = {dim: [] for dim in free}
+    for batch in data.batches("calibration", 1, _SIZES_SEEN):
+        for spec in signature.inputs:
+            for dim, size in zip(spec.shape, batch.feeds[spec.name].shape, strict=True):
+                if dim in seen:
+                    seen[str(dim)].append(size)
+    ranges = dict(signature.dims)
+    for dim, sizes in seen.items():
+        known = signature.range(dim)
+        longest = max(known.max, *sizes)
+        ranges[dim] = DimRange(known.min, min(max(int(np.median(sizes)), known.min), longest), longest)
+    return replace(model, signature=replace(signature, dims=ranges))
+
+
+_SIZES_SEEN = 32
+"""How many calibration samples tell the sizes of dynamic dimensions."""
 
 
 def _verdict(report: Report) -> str:

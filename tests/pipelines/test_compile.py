@@ -103,3 +103,28 @@ def test_validate_compares_a_bundle_with_its_module(bundle):
 def test_validate_needs_a_baseline(bundle, tmp_path: Path):
     with pytest.raises(UsageError, match="--baseline"):
         optkit.validate(bundle.path)
+
+
+def test_dynamic_dimensions_are_tuned_for_the_sizes_in_the_data(tmp_path):
+    class Pool(nn.Module):
+        def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+            return tokens.sum(1)
+
+    (tmp_path / "rows.py").write_text(
+        "import numpy as np\n"
+        "def rows():\n"
+        "    for i in range(40):\n"
+        "        yield {'tokens': np.ones((5 + 2 * (i % 3), 4), np.float32) * i}\n"
+    )
+    (tmp_path / "data.yaml").write_text(
+        "name: rows\nsource: {kind: python, function: 'rows.py:rows'}\n"
+        "splits: {calibration: {count: 12}, validation: {count: 20}}\n"
+        "inputs: {tokens: {column: tokens, transform: [{use: pad, axis: 0, size: longest, dim: time}]}}\nmetric: cosine\n"
+    )
+    options = Recipe.load("fp32").updated(
+        data=str(tmp_path / "data.yaml"), validation={**QUICK, "batch_size": 1}, threads=1, gate={"max_drop": 5.0}
+    )
+    bundle = optkit.compile(Pool(), options, tmp_path / "out")
+    assert bundle.signature.range("time").opt == 7
+    fixed = options.updated(dims={"time": [2, 9, 16]})
+    assert optkit.compile(Pool(), fixed, tmp_path / "fixed").signature.range("time").opt == 9

@@ -7,10 +7,10 @@ SETS := digits fashion efficientnet photos minilm bbc
 CONSTRAINTS := .ci/constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check format bench schema data clean
+.PHONY: help demo test check format bench bench-int8 schema data clean
 
 help: ## Show what there is to make
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
+	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
 
 # The stamp is new when the environment holds what pyproject.toml asks for
 $(VENV)/.ready: pyproject.toml $(CONSTRAINTS)
@@ -43,6 +43,10 @@ format: $(VENV)/.ready ## Format the code
 
 bench: data ## Compare with onnxruntime.quantization on the same models, data and runtime
 	$(BIN)/python benchmarks/int8_vs_ort.py --out .out/bench
+
+bench-int8: data ## INT8 beside onnxruntime.quantization, NNCF and ModelOpt: accuracy, speed, cost (hours)
+	$(BIN)/python calibration/fetch.py words vowels --to $(DATA)
+	$(BIN)/python benchmarks/int8/run.py
 
 schema: $(VENV)/.ready ## Write the JSON schema of recipes for editors
 	$(BIN)/optkit recipe schema > recipes/schema.json

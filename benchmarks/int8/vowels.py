@@ -1,0 +1,48 @@
+"""A bidirectional LSTM that tells nine speakers apart by a vowel (JapaneseVowels), trained here in seconds.
+
+python benchmarks/int8/vowels.py .out/bench-int8/vowels.pt
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import torch
+from torch import nn
+
+ROOT = Path(__file__).resolve().parents[2]
+STEPS = 400
+
+
+class BiLstm(nn.Module):
+    """[n, 29, 12] -> logits [n, 9], from the mean over the steps."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lstm = nn.LSTM(12, 64, batch_first=True, bidirectional=True)
+        self.head = nn.Linear(128, 9)
+
+    def forward(self, utterance: torch.Tensor) -> torch.Tensor:
+        return self.head(self.lstm(utterance)[0].mean(dim=1))
+
+
+def main(to: Path) -> None:
+    from optkit.data import open_data
+
+    torch.manual_seed(0)
+    torch.set_num_threads(1)
+    batch = next(iter(open_data(ROOT / "benchmarks/int8/vowels-training.yaml").batches("calibration", 270)))
+    features, labels = torch.from_numpy(batch.feeds["utterance"]), torch.from_numpy(batch.labels)
+    model = BiLstm()
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2, weight_decay=1e-4)
+    for _ in range(STEPS):
+        rows = torch.randint(0, len(labels), (64,))
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(features[rows]), labels[rows]).backward()
+        optimizer.step()
+    torch.save(model.state_dict(), to)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 from optkit.context import Context
 from optkit.passes.graph_edit import RuleEdit
@@ -16,14 +16,13 @@ class FuseConvBn(RuleEdit):
     """
 
     use: Literal["fuse_conv_bn"] = "fuse_conv_bn"
-    touches: ClassVar[frozenset[str]] = frozenset({"BatchNormalization"})
 
-    def rules(self, context: Context) -> Sequence[Any]:
+    def rules(self, context: Context) -> Sequence[tuple[str, Any]]:
         """onnxscript's rules."""
         from onnxscript.rewriter.rules import common as rules
 
         return [
-            rules.fuse_batchnorm_into_conv_rule,
-            rules.fuse_batchnorm_into_conv_transpose_rule,
-            rules.fuse_batchnorm_into_gemm_rule,
+            ("BatchNormalization", rules.fuse_batchnorm_into_conv_rule),
+            ("BatchNormalization", rules.fuse_batchnorm_into_conv_transpose_rule),
+            ("BatchNormalization", rules.fuse_batchnorm_into_gemm_rule),
         ]

@@ -34,7 +34,7 @@ class GraphEdit(OnnxPass):
 
     def applies(self, model: ir.Model) -> bool:
         """Whether it is worth looking."""
-        return not self.touches or any(node.op_type in self.touches for node in model.graph)
+        return not self.touches or any(node.op_type in self.touches for node in model.graph.all_nodes())
 
     def run(self, model: OnnxModel, context: Context) -> OnnxModel:
         """The edited clone, or the model itself if there is nothing to do."""
@@ -54,15 +54,20 @@ class GraphEdit(OnnxPass):
 class RuleEdit(GraphEdit):
     """A pass made of onnxscript rewrite rules."""
 
-    def rules(self, context: Context) -> Sequence[Any]:
-        """The rules, in the order in which they are tried."""
+    def rules(self, context: Context) -> Sequence[tuple[str, Any]]:
+        """The rules in the order in which they are tried, each with an op that its pattern has."""
         raise NotImplementedError
 
     def edit(self, model: ir.Model, context: Context) -> bool:
         """Apply the rules until none finds anything."""
         from onnxscript.rewriter import RewriteRuleSet
 
-        rules = RewriteRuleSet(self.rules(context))
+        # Every rule is tried on every node: those whose op is not there at all would take most of the time
+        ops = {node.op_type for node in model.graph.all_nodes()}
+        wanted = list(dict.fromkeys(rule for op, rule in self.rules(context) if op in ops))
+        if not wanted:
+            return False
+        rules = RewriteRuleSet(wanted)
         for done in range(ROUNDS):
             if not rules.apply_to_model(model):
                 return done > 0

@@ -19,36 +19,36 @@ class SimplifyGraph(RuleEdit):
 
     use: Literal["simplify_graph"] = "simplify_graph"
 
-    def rules(self, context: Context) -> Sequence[Any]:
+    def rules(self, context: Context) -> Sequence[tuple[str, Any]]:
         """The rules of general use; fusions have passes of their own."""
         from onnxscript.rewriter.rules import common as rules
 
         return [
-            *_neutral("Mul", 1.0).commute(),
-            *_neutral("Add", 0.0).commute(),
-            _neutral("Sub", 0.0),
-            _neutral("Div", 1.0),
-            rules.dropout_zero_rule,
-            rules.dropout_inference_rule,
-            rules.no_op_cast_rule,
-            rules.cast_cast_rule,
-            rules.cast_constant_of_shape_rule,
-            rules.cast_constant_of_shape_without_value_rule,
-            rules.no_op_expand_rule,
-            rules.collapse_slice_rule,
-            rules.collapse_slice2_rule,
-            rules.slice_split_rule,
-            rules.min_min_rule,
-            rules.max_max_rule,
-            rules.min_max_rule,
-            rules.max_min_rule,
-            rules.no_op_dynamic_scatter_nd_rule,
-            rules.no_op_static_scatter_nd_rule,
-            rules.normalize_pad_format_conv_rule,
-            rules.fuse_pad_into_conv_rule,
-            rules.remove_optional_bias_from_conv_rule,
-            rules.remove_optional_bias_from_conv_transpose_rule,
-            rules.remove_optional_bias_from_gemm_rule,
+            *(("Mul", rule) for rule in _neutral("Mul", 1.0).commute()),
+            *(("Add", rule) for rule in _neutral("Add", 0.0).commute()),
+            ("Sub", _neutral("Sub", 0.0)),
+            ("Div", _neutral("Div", 1.0)),
+            ("Dropout", rules.dropout_zero_rule),
+            ("Dropout", rules.dropout_inference_rule),
+            ("Cast", rules.no_op_cast_rule),
+            ("Cast", rules.cast_cast_rule),
+            ("Cast", rules.cast_constant_of_shape_rule),
+            ("Cast", rules.cast_constant_of_shape_without_value_rule),
+            ("Expand", rules.no_op_expand_rule),
+            ("Slice", rules.collapse_slice_rule),
+            ("Slice", rules.collapse_slice2_rule),
+            ("Slice", rules.slice_split_rule),
+            ("Min", rules.min_min_rule),
+            ("Max", rules.max_max_rule),
+            ("Max", rules.min_max_rule),
+            ("Min", rules.max_min_rule),
+            ("ScatterND", rules.no_op_dynamic_scatter_nd_rule),
+            ("ScatterND", rules.no_op_static_scatter_nd_rule),
+            ("Conv", rules.normalize_pad_format_conv_rule),
+            ("Conv", rules.fuse_pad_into_conv_rule),
+            ("Conv", rules.remove_optional_bias_from_conv_rule),
+            ("ConvTranspose", rules.remove_optional_bias_from_conv_transpose_rule),
+            ("Gemm", rules.remove_optional_bias_from_gemm_rule),
         ]
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -14,13 +14,15 @@ from optkit.context import Context
 from optkit.errors import DataError, PostconditionError, PreconditionError
 from optkit.models import OnnxModel
 from optkit.passes.base import OnnxPass
+from optkit.quantize.bias_correction import correct_biases
 from optkit.quantize.calibration import Calibration, Split, choose
 from optkit.quantize.linter import lint
-from optkit.quantize.measure import outputs_of
+from optkit.quantize.measure import Judge, outputs_of
 from optkit.quantize.observers import observe
 from optkit.quantize.placement import Placement, name_nodes, place
 from optkit.quantize.qdq import Quantization, write
 from optkit.quantize.scales import WeightMethod
+from optkit.quantize.trial import Trial, keep_better
 from optkit.targets.base import Int8Policy
 
 if TYPE_CHECKING:
@@ -47,6 +49,8 @@ class QuantizeInt8(OnnxPass):
     """How the ranges of activations are found."""
     weights: WeightMethod = "max"
     """Ranges of weights, per output channel: ``max``, or ``mse`` for the least squared error."""
+    correct_bias: bool = True
+    """Take each channel's mean error out of the biases, layer after layer; undone if held-out samples say so."""
     exclude: tuple[str, ...] = ()
     """Names of nodes, or patterns such as ``encoder.0/*``, that stay in float."""
 
@@ -73,7 +77,7 @@ class QuantizeInt8(OnnxPass):
         if not placement.weights:
             reasons = "; ".join(f"{node}: {why}" for node, why in list(placement.kept_float.items())[:5])
             raise PreconditionError(f"nothing to quantize ({reasons or 'the model has no convolution or product'})")
-        samples = Split(holds_out=self.calibrate.method == "auto")
+        samples = Split(holds_out=self.calibrate.method == "auto" or self.correct_bias)
         size = _batch_size(named, placement, self.calibrate.batch_size)
         batches = samples.observe(_batches(named, data, size, self.calibrate.samples))
         statistics = observe(named, placement.observed, context.progress(batches, "calibrating"), context.threads)
@@ -83,7 +87,7 @@ class QuantizeInt8(OnnxPass):
             named, placement, statistics, policy, self.calibrate, self.weights, held_out, context.threads
         )
         _log_placement(placement)
-        quantized = write(named, quantization)
+        quantized, quantization, trials = self._improved(named, quantization, policy, samples, held_out, context)
         ranges = {
             "data": data.fingerprint("calibration"),
             "samples": samples.observed,
@@ -97,8 +101,31 @@ class QuantizeInt8(OnnxPass):
                 "sqnr_by_method": ranking,
                 "int8": list(placement.int8),
                 "float": dict(placement.kept_float),
+                "algorithms": [asdict(trial) for trial in trials],
             },
         )
+
+    def _improved(
+        self,
+        model: OnnxModel,
+        quantization: Quantization,
+        policy: Int8Policy,
+        samples: Split,
+        held_out: Sequence[Batch],
+        context: Context,
+    ) -> tuple[OnnxModel, Quantization, tuple[Trial, ...]]:
+        written = write(model, quantization)
+        if not self.correct_bias:
+            return written, quantization, ()
+        judge = Judge(model, held_out, policy, context.threads)
+        corrected = correct_biases(model, quantization, policy, samples.first, context.threads)
+        after = write(model, corrected)
+        (quantization, written), _, trial = keep_better(
+            "correct_bias",
+            ((quantization, written), judge.error(written)),
+            ((corrected, after), judge.error(after)),
+        )
+        return written, quantization, (trial,)
 
     def ensures(self, before: OnnxModel, after: OnnxModel, context: Context) -> None:
         """The target can take every Q/DQ pair, nothing that was promised runs in float, and outputs are finite."""

@@ -12,7 +12,7 @@ from pydantic import Field
 
 from optkit.documents import Strict
 from optkit.models import OnnxModel
-from optkit.quantize.measure import decibels, noise_to_signal, outputs_of, ranking
+from optkit.quantize.measure import Judge, decibels, ranking
 from optkit.quantize.observers import Statistics
 from optkit.quantize.placement import Placement
 from optkit.quantize.qdq import Quantization, quantize_weights, write
@@ -57,24 +57,28 @@ class Calibration(Strict):
 
 @dataclass
 class Split:
-    """Parts the calibration samples: most are observed, every eighth batch, up to 32 samples, is held out to choose by.
+    """Parts the calibration samples: most are observed, one batch of eight, up to 32 samples, is held out to choose by.
 
     Attributes:
         holds_out: whether any are held out.
         observed: how many samples were passed on so far.
         held_out: the batches that were not.
+        first: the first of the observed ones, up to 32 samples, for algorithms that need tensors and not ranges.
     """
 
     holds_out: bool
     observed: int = 0
     held_out: list[Batch] = field(default_factory=list)
+    first: list[Batch] = field(default_factory=list)
 
     def observe(self, batches: Iterable[Batch]) -> Iterator[Batch]:
         """The batches to observe."""
         for index, batch in enumerate(batches):
-            if self.holds_out and index % _EVERY == _EVERY - 1 and sum(map(len, self.held_out)) < _MOST_HELD_OUT:
+            if self.holds_out and index % _EVERY == 1 and sum(map(len, self.held_out)) < _MOST_HELD_OUT:
                 self.held_out.append(batch)
             else:
+                if sum(map(len, self.first)) < _MOST_HELD_OUT:
+                    self.first.append(batch)
                 self.observed += len(batch)
                 yield batch
 
@@ -118,13 +122,13 @@ def choose(
     candidates = settings.candidates()
     if len(candidates) == 1:
         return quantization(*candidates[0]), {}
-    reference = outputs_of(model, held_out, threads)
+    judge = Judge(model, held_out, policy, threads)
     found: dict[str, Quantization] = {}
     errors: dict[str, float] = {}
     for method, percentile in candidates:
         name = f"{method} {percentile}" if method == "percentile" else method
         found[name] = quantization(method, percentile)
-        errors[name] = noise_to_signal(reference, outputs_of(write(model, found[name]), held_out, threads))
+        errors[name] = judge.error(write(model, found[name]))
         log.debug("calibration by %s: %.2f dB", name, decibels(errors[name]))
     best = min(errors, key=errors.__getitem__)
     return found[best], ranking(errors)

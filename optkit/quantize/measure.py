@@ -9,15 +9,17 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from optkit.models import Feeds, OnnxModel
+from optkit.targets.base import Int8Policy
+from optkit.targets.cpu import this_cpu
 from optkit.targets.onnxruntime import open_onnx
 
 if TYPE_CHECKING:
     from optkit.data import Batch
 
 
-def outputs_of(model: OnnxModel, batches: Sequence[Batch], threads: int) -> list[Feeds]:
-    """The model's outputs for each batch."""
-    with open_onnx(model, threads) as runner:
+def outputs_of(model: OnnxModel, batches: Sequence[Batch], threads: int, optimize: bool = True) -> list[Feeds]:
+    """The model's outputs for each batch; ``optimize`` as in ``open_onnx``."""
+    with open_onnx(model, threads, optimize) as runner:
         return [runner.run(batch.feeds) for batch in batches]
 
 
@@ -44,3 +46,23 @@ def _ratio(reference: Sequence[np.ndarray[Any, Any]], outputs: Sequence[np.ndarr
 def ranking(errors: Mapping[str, float]) -> dict[str, float]:
     """Errors as SQNR in dB, the best first."""
     return {name: round(decibels(errors[name]), 2) for name in sorted(errors, key=errors.__getitem__)}
+
+
+class Judge:
+    """Says how far quantized models are from the float one on samples that nothing else is chosen by.
+
+    ONNX Runtime's fused kernels are the judge's only for a graph that is meant for them, and only where they are exact;
+    for any other target, and on processors whose fused kernels saturate, every Q/DQ pair runs as it is written.
+    """
+
+    def __init__(self, model: OnnxModel, batches: Sequence[Batch], policy: Int8Policy, threads: int) -> None:
+        self._batches = batches
+        self._threads = threads
+        self._fused = not policy.symmetric and (policy.sums_in_16_bits or not this_cpu().saturates_int8)
+        self._reference = outputs_of(model, batches, threads)
+
+    def error(self, quantized: OnnxModel) -> float:
+        """The noise to signal ratio of a model's outputs."""
+        return noise_to_signal(
+            self._reference, outputs_of(quantized, self._batches, self._threads, optimize=self._fused)
+        )

@@ -10,6 +10,7 @@ import numpy as np
 
 from optkit.models import OnnxModel
 from optkit.quantize.placement.draft import Placement, Use
+from optkit.quantize.placement.graph import constant
 from optkit.quantize.saturation import pair_reach
 from optkit.quantize.scales import QuantizedWeight, Scale, WeightMethod, quantize_weight
 from optkit.targets.base import Int8Policy
@@ -111,16 +112,24 @@ class _Writer:
         placement, name = self._quantization.placement, node.name or ""
         weight = self._quantization.weights.get(Use(name, 1))
         if weight is None:
+            self._added(node)
             return
         bias = self._bias(node)
         if bias is not None and Use(name, 2) in placement.biases:
             # float64: a float32 quotient of 2**30 would be off by up to 64 units
             unit = weight.scale * _input_scale(node, self._quantization.activations).scale
             stored = np.rint(bias.astype(np.float64) / unit).astype(np.int32)
-            node.replace_input_with(2, self._dequantized(node, 2, QuantizedWeight(stored, unit, 0)))
+            _set_input(node, 2, self._dequantized(node, 2, QuantizedWeight(stored, unit, 0)))
         elif bias is not None and name in self._quantization.biases:
             _set_input(node, 2, self._initializer(f"{name}_bias", bias))
         node.replace_input_with(1, self._dequantized(node, 1, weight))
+
+    def _added(self, node: ir.Node) -> None:
+        """Replace the constant of an Add that follows a product, if it was corrected."""
+        corrected = self._quantization.biases.get(node.name or "")
+        for index, value in enumerate(node.inputs):
+            if corrected is not None and constant(value) is not None:
+                node.replace_input_with(index, self._initializer(f"{node.name}_bias", corrected))
 
     def _bias(self, node: ir.Node) -> Array | None:
         corrected = self._quantization.biases.get(node.name or "")

@@ -1,0 +1,122 @@
+"""Sequential bias correction: takes the mean error of every output channel out of the layer's bias.
+
+Rounding a layer's weights and inputs shifts the mean of its outputs, and a network adds the shifts up. For layer l and
+output channel c,
+
+    b'[c] = b[c] + mean(y_float[c]) - mean(y_quantized[c])
+
+where y_quantized is what the layer gives in the quantized network whose earlier layers are corrected already. To
+correct all layers at once, from errors measured before any was corrected, overshoots and ruins depthwise networks.
+After Nagel et al., "Data-Free Quantization Through Weight Equalization and Bias Correction", 2019, section 4.2.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from optkit.models import OnnxModel
+from optkit.quantize.placement.draft import Placement, Use
+from optkit.quantize.placement.graph import constant, only_consumer
+from optkit.quantize.qdq import Quantization, write
+from optkit.quantize.walk import walk
+from optkit.targets.base import Int8Policy
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+    from optkit.data import Batch
+
+Array = np.ndarray[Any, Any]
+
+
+def correct_biases(
+    model: OnnxModel, quantization: Quantization, policy: Int8Policy, batches: Sequence[Batch], threads: int = 1
+) -> Quantization:
+    """The same quantization with the bias of every weighted layer corrected.
+
+    Every node of the float and of the quantized graph runs once over the samples: a correction adds a constant to a
+    channel, so it is added to the tensor that is there already.
+
+    Args:
+        model: the float model.
+        quantization: of that model.
+        policy: what the target wants.
+        batches: 16 to 32 samples that the result is not judged by.
+        threads: intra-op threads.
+    """
+    sums = [found for use in quantization.weights if (found := _sum(model, use.node)) is not None]
+    layers = {layer.output: layer for layer in sums}
+    as_float = walk(model, list(layers), batches, threads)
+    as_int8 = walk(write(model, quantization), list(layers), batches, threads)
+    biases = dict(quantization.biases)
+    for (name, exact), (_, measured) in zip(as_float, as_int8, strict=True):
+        layer = layers[name]
+        shift = _mean(exact, layer.axis) - _mean(measured, layer.axis)
+        biases[layer.node] = (biases.get(layer.node, layer.bias) + shift).astype(np.float32)
+        for array in measured:
+            array += shift.astype(np.float32).reshape([-1] + [1] * (array.ndim - 1 - layer.axis))
+    return replace(quantization, placement=_with_biases(quantization, layers.values(), policy), biases=biases)
+
+
+@dataclass(frozen=True)
+class _Sum:
+    """Where a weighted layer's bias is added.
+
+    Attributes:
+        node: the layer itself, or the Add behind a MatMul.
+        output: the tensor with the bias in it.
+        axis: the channels of that tensor.
+        bias: what is added so far, zero if nothing is.
+        weighted: whether ``node`` is the layer itself.
+    """
+
+    node: str
+    output: str
+    axis: int
+    bias: Array
+    weighted: bool
+
+
+def _sum(model: OnnxModel, name: str) -> _Sum | None:
+    """None for a product whose bias is nowhere to be found."""
+    node = model.ir.graph.node(name)
+    if node.op_type == "MatMul":
+        return _sum_behind(node)
+    bias = constant(node.inputs[2]) if len(node.inputs) > 2 else None
+    axis = 1 if node.op_type != "Gemm" else _last_axis(node)
+    values = np.zeros(1, np.float32) if bias is None else bias.numpy()
+    return _Sum(name, str(node.outputs[0].name), axis, values, True)
+
+
+def _sum_behind(matmul: ir.Node) -> _Sum | None:
+    add = only_consumer(matmul.outputs[0])
+    if add is None or add.op_type != "Add" or add.name is None or matmul.outputs[0].shape is None:
+        return None
+    biases = [tensor.numpy() for value in add.inputs if (tensor := constant(value)) is not None]
+    if len(biases) != 1 or biases[0].ndim > 1:
+        return None
+    return _Sum(add.name, str(add.outputs[0].name), _last_axis(matmul), biases[0], False)
+
+
+def _last_axis(node: ir.Node) -> int:
+    shape = node.outputs[0].shape
+    return 1 if shape is None else len(shape) - 1
+
+
+def _mean(arrays: Sequence[Array], axis: int) -> Array:
+    others = tuple(i for i in range(arrays[0].ndim) if i != axis)
+    total = sum(array.sum(axis=others, dtype=np.float64) for array in arrays)
+    mean: Array = total / sum(array.size // array.shape[axis] for array in arrays)
+    return mean
+
+
+def _with_biases(quantization: Quantization, layers: Iterable[_Sum], policy: Int8Policy) -> Placement:
+    """A layer that had no bias gets one, and the target may want it as INT32."""
+    placement = quantization.placement
+    if policy.bias != "int32":
+        return placement
+    return replace(placement, biases=placement.biases | {Use(layer.node, 2) for layer in layers if layer.weighted})

@@ -10,6 +10,7 @@ from optkit.context import Context
 from optkit.errors import UnavailableError
 from optkit.models import Engine, OnnxModel
 from optkit.passes.base import BuildPass
+from optkit.passes.legalize import legalize
 from optkit.targets import AnyTarget, named_target
 
 
@@ -27,5 +28,5 @@ class BuildEngine(BuildPass):
             raise UnavailableError(f"target {self.target.name!r}: {availability.reason}. {availability.mend}")
 
     def run(self, model: OnnxModel, context: Context) -> Engine:
-        """The engine, in the scratch folder."""
-        return self.target.build(model, context.scratch, context)
+        """The engine, in the scratch folder, from the model as the target's builder reads it."""
+        return self.target.build(legalize(model, self.target.dialect, context), context.scratch, context)

@@ -7,9 +7,13 @@ from typing import Annotated, Any, TypeAlias
 from pydantic import Field
 
 from optkit.targets.onnxruntime import OnnxRuntimeTarget
+from optkit.targets.onnxruntime_cuda import OnnxRuntimeCudaTarget
+from optkit.targets.tensorrt import TensorRtTarget
 from optkit.targets.tensorrt_rtx import TensorRtRtxTarget
 
-AnyTarget: TypeAlias = Annotated[OnnxRuntimeTarget | TensorRtRtxTarget, Field(discriminator="name")]
+AnyTarget: TypeAlias = Annotated[
+    OnnxRuntimeTarget | OnnxRuntimeCudaTarget | TensorRtTarget | TensorRtRtxTarget, Field(discriminator="name")
+]
 
 DEFAULT_TARGET = "onnxruntime"
 

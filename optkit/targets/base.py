@@ -59,6 +59,11 @@ TENSORRT = Int8Policy(
 """TensorRT: symmetric, inputs only, so that convolution, addition and activation become one INT8 kernel."""
 
 
+WEAK_TYPES = "weak_types"
+"""The record that tells a target whose engines are not typed what the graph held before it was widened: ``precisions``
+that kernels may use, and the nodes that compute in ``float32`` all the same."""
+
+
 @dataclass(frozen=True)
 class Dialect:
     """The ONNX that a target's engine is built from.
@@ -68,12 +73,21 @@ class Dialect:
         opsets: lowest and highest ai.onnx opset that it reads.
         domains: op domains beside ai.onnx that it reads.
         floats: float types that its kernels compute in.
+        typed: whether the engine computes in the types that the graph says; else the builder chooses among those
+            that the graph holds.
+        builder_opset: the highest opset that the builder itself reads, if that is lower: the build lowers the graph.
+        lacks: ops that the builder itself lacks: the build expresses them with others.
+        explicit_kernels: whether the builder needs ``kernel_shape`` on every convolution.
     """
 
     int8: Int8Policy | None
     opsets: tuple[int, int] = (13, 23)
     domains: frozenset[str] = frozenset()
     floats: frozenset[str] = frozenset({"float32"})
+    typed: bool = True
+    builder_opset: int | None = None
+    lacks: frozenset[str] = frozenset()
+    explicit_kernels: bool = False
 
 
 @dataclass(frozen=True)

@@ -4,10 +4,19 @@ from __future__ import annotations
 
 import ctypes
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from optkit.errors import UsageError
+
+if TYPE_CHECKING:
+    import numpy as np
 
 LIBRARY = "nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1"
+
+NVML = "nvml.dll" if sys.platform == "win32" else "libnvidia-ml.so.1"
 
 _NAME_BYTES = 256
 _CAPABILITY_MAJOR, _CAPABILITY_MINOR = 75, 76  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_*
@@ -29,12 +38,14 @@ class Cuda:
     Attributes:
         cuda: the newest CUDA that the driver runs, as ``13.0``; empty without a driver.
         gpus: in the driver's order.
+        driver: the driver's own version, as ``580.159.04``, where the system tells it.
         reason: why there are none.
     """
 
     cuda: str = ""
     gpus: tuple[Gpu, ...] = ()
     reason: str = ""
+    driver: str = ""
 
 
 def detect(library: str = LIBRARY) -> Cuda:
@@ -51,7 +62,52 @@ def detect(library: str = LIBRARY) -> Cuda:
         return Cuda(cuda, reason=f"the NVIDIA driver finds no usable GPU ({_error_name(driver, code)})")
     count = ctypes.c_int()
     driver.cuDeviceGetCount(ctypes.byref(count))
-    return Cuda(cuda, tuple(_gpu(driver, index) for index in range(count.value)))
+    return Cuda(cuda, tuple(_gpu(driver, index) for index in range(count.value)), driver=_driver_version())
+
+
+def clocks() -> dict[str, int]:
+    """The first GPU's clocks of the moment in MHz, ``sm`` and ``memory``, where NVML tells them."""
+    try:
+        nvml = ctypes.CDLL(NVML)
+    except OSError:
+        return {}
+    device, found = ctypes.c_void_p(), {}
+    if nvml.nvmlInit_v2() or nvml.nvmlDeviceGetHandleByIndex_v2(0, ctypes.byref(device)):
+        return {}
+    for kind, name in ((1, "sm"), (2, "memory")):  # NVML_CLOCK_SM, NVML_CLOCK_MEM
+        value = ctypes.c_uint()
+        if nvml.nvmlDeviceGetClockInfo(device, kind, ctypes.byref(value)) == 0:
+            found[name] = value.value
+    return found
+
+
+def to_host(described: Mapping[str, Any]) -> np.ndarray[Any, Any]:
+    """A copy of an array that lies on a GPU, as its ``__cuda_array_interface__`` describes it.
+
+    Raises:
+        UsageError: its elements do not lie one after the other in C order, or it is not where it says.
+    """
+    import numpy as np
+
+    array = np.empty(described["shape"], described["typestr"])
+    if described.get("strides") not in (None, array.strides):
+        raise UsageError("an array on the GPU must lie in C order: make it contiguous")
+    driver = ctypes.CDLL(LIBRARY)
+    context = ctypes.c_void_p()
+    driver.cuInit(0)
+    driver.cuDevicePrimaryCtxRetain(ctypes.byref(context), 0)
+    driver.cuCtxSetCurrent(context)
+    pointer = ctypes.c_uint64(described["data"][0])
+    code = driver.cuMemcpyDtoH_v2(array.ctypes.data_as(ctypes.c_void_p), pointer, ctypes.c_size_t(array.nbytes))
+    if code != 0 and array.nbytes:
+        raise UsageError(f"an array on the GPU cannot be read ({_error_name(driver, code)})")
+    return array
+
+
+def _driver_version() -> str:
+    path = Path("/proc/driver/nvidia/version")
+    words = path.read_text().split() if path.exists() else []
+    return next((word for word in words if word[:1].isdigit() and word.count(".") >= 1), "")
 
 
 def _gpu(driver: Any, index: int) -> Gpu:

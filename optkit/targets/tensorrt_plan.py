@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from optkit.context import Progress
-from optkit.errors import BuildError
+from optkit.errors import BuildError, UsageError, did_you_mean
 from optkit.models import DimRange, OnnxModel, Signature
 from optkit.targets.base import Availability
 from optkit.targets.worker_client import PYTHON_VARIABLE, Worker, probe, worker_python
@@ -50,6 +51,26 @@ def profile(signature: Signature) -> dict[str, list[list[int]]]:
     }
 
 
+def profiles(
+    signature: Signature, wanted: Sequence[Mapping[str, tuple[int, int, int]]] = ()
+) -> list[dict[str, list[list[int]]]]:
+    """The optimization profiles: one from the signature's dims, or those that are wanted; none for static shapes.
+
+    Raises:
+        UsageError: a wanted profile names a dimension that the inputs do not have.
+    """
+    made = []
+    for sizes in wanted or ({},):
+        for dim in sizes:
+            if dim not in signature.dynamic:
+                raise UsageError(f"`profiles` names the dimension {dim!r}: {did_you_mean(dim, signature.dynamic)}")
+        dims = {**signature.dims, **{dim: DimRange(*limits) for dim, limits in sizes.items()}}
+        shapes = profile(replace(signature, dims=dims))
+        if shapes:
+            made.append(shapes)
+    return made
+
+
 def _bound(limits: DimRange, bound: str) -> int:
     return {"min": limits.min, "opt": limits.opt, "max": limits.max}[bound]
 
@@ -74,11 +95,10 @@ def build(
     """
     import onnx_ir as ir
 
-    shapes = profile(model.signature)
     with tempfile.TemporaryDirectory(dir=folder, prefix="tensorrt-") as aside:
         onnx, plan = Path(aside) / "model.onnx", Path(aside) / PLAN_FILE
         ir.save(model.ir, onnx, external_data=f"{onnx.name}.data")  # no 2 GB limit, and no copy in memory
-        request = {"do": "build", "onnx": str(onnx), "plan": str(plan), "profiles": [shapes] if shapes else []}
+        request = {"do": "build", "onnx": str(onnx), "plan": str(plan), "profiles": profiles(model.signature)}
         with Worker() as worker:
             reply = worker.call({**request, **options}, timeout, progress, "building the TensorRT engine")
             if "error" in reply:

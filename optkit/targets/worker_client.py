@@ -17,6 +17,7 @@ from typing import Any
 
 from optkit.context import Progress, silent
 from optkit.errors import BuildError, UnavailableError
+from optkit.models import Feeds
 from optkit.targets.worker.frames import FrameError, read_frame, write_frame
 
 PYTHON_VARIABLE = "OPTKIT_TENSORRT_PYTHON"
@@ -66,22 +67,30 @@ class Worker:
         return self._process.pid
 
     def call(
-        self, request: Mapping[str, Any], timeout: float, progress: Progress = silent, description: str = ""
+        self,
+        request: Mapping[str, Any],
+        timeout: float,
+        progress: Progress = silent,
+        description: str = "",
+        arrays: Feeds | None = None,
     ) -> dict[str, Any]:
         """Send a request and wait for its reply, which has ``error`` and ``text`` in it if TensorRT refused.
+
+        Arrays of the reply are its entry ``arrays``.
 
         Args:
             request: ``do`` and its arguments, as ``worker.serve`` has them.
             timeout: seconds until the worker is killed.
             progress: shows how far the work is, where TensorRT tells.
             description: what the work is called there.
+            arrays: travel beside the request.
 
         Raises:
             BuildError: the worker crashed, was killed, did not finish in time, or does not speak its language.
         """
         with suppress(OSError):  # it has died: the end of its frames says how
             assert self._process.stdin is not None
-            write_frame(self._process.stdin, request)
+            write_frame(self._process.stdin, request, arrays)
         reply: dict[str, Any] = {}
         for _ in progress(self._percents(reply, timeout), description, 100):
             pass
@@ -118,7 +127,8 @@ class Worker:
         assert self._process.stdout is not None
         try:
             while frame := read_frame(self._process.stdout):
-                self._frames.put(frame[0])
+                message, arrays = frame
+                self._frames.put({**message, "arrays": arrays} if arrays else message)
             self._frames.put(None)
         except (FrameError, OSError, ValueError) as error:
             self._frames.put(error)

@@ -1,12 +1,15 @@
-"""Builds and inspects engines with any TensorRT that has strongly typed networks, and with TensorRT-RTX.
+"""Builds and inspects engines with any TensorRT from 8.5 on, and with TensorRT-RTX.
 
-What a version can do is found by looking for the attribute, never by comparing version numbers.
+What a version can do is found by looking for the attribute, never by comparing version numbers. Where networks are not
+strongly typed (before 10), the request says which precisions the kernels may use and which layers must keep float32.
 """
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import json
+import os
 import platform
 import sys
 import time
@@ -46,7 +49,9 @@ def features(trt: Any) -> dict[str, bool]:
     return {
         "rtx": _has(trt, "ComputeCapability") and _has(trt, "IBuilderConfig", "set_compute_capability"),
         "strong_typing": _has(trt, "NetworkDefinitionCreationFlag", "STRONGLY_TYPED"),
+        "weak_typing": _has(trt, "BuilderFlag", "FP16"),
         "explicit_batch": _has(trt, "NetworkDefinitionCreationFlag", "EXPLICIT_BATCH"),
+        "normalization": _has(trt, "INetworkDefinition", "add_normalization"),
         "attention": _has(trt, "IAttention", "decomposable"),
         "progress": _has(trt, "IProgressMonitor") and _has(trt, "IBuilderConfig", "progress_monitor"),
         "parser_node_names": _has(trt, "ParserError", "node_name"),
@@ -65,14 +70,16 @@ def build(request: Request, send: Send) -> dict[str, Any]:
     """Build the plan of an ONNX file.
 
     The request has ``module`` (tensorrt or tensorrt_rtx), ``onnx`` and ``plan`` (paths), ``profiles`` (each: input to
-    its min, opt and max shape), ``compute_capabilities``, ``workspace`` (bytes or None) and ``tf32``.
+    its min, opt and max shape), ``workspace`` (bytes or None) and ``tf32``. It may have ``compute_capabilities``,
+    ``precisions`` and ``float32`` (for weakly typed networks: flags to set, and layers that keep float32), ``options``
+    (``_OPTIONS`` to their values), ``vendor_tactics``, ``timing_cache`` (path) and ``inspect``.
 
     Raises:
         RefusalError: TensorRT refused a node, the configuration, or the network as a whole.
     """
     trt = importlib.import_module(request["module"])
     has = features(trt)
-    logger = _logger(trt)
+    logger = make_logger(trt)
     builder = trt.Builder(logger)
     start = time.perf_counter()
     network = builder.create_network(_network_flags(trt, has))
@@ -81,15 +88,23 @@ def build(request: Request, send: Send) -> dict[str, Any]:
     decomposed = _decompose_attention(trt, network) if has["attention"] else 0
     parsed = time.perf_counter()
     config = _configure(trt, has, builder, request, send)
+    if not has["strong_typing"]:
+        _allow_precisions(trt, config, network, request.get("precisions", ()), request.get("float32", ()))
+    cache = _TimingCache(trt, config, request.get("timing_cache"))
     plan = builder.build_serialized_network(network, config)
     if plan is None:
-        raise RefusalError(_last_error(logger))
+        raise RefusalError(last_error(logger))
+    cache.save()
     with Path(request["plan"]).open("wb") as file:
         file.write(plan)
+    built = time.perf_counter()
+    inspected = {"information": _information(trt, logger, plan)} if request.get("inspect") else {}
     return {
+        **inspected,
+        "timing_cache": cache.told,
         "version": trt.__version__,
         "bytes": plan.nbytes,
-        "seconds": {"parse": parsed - start, "build": time.perf_counter() - parsed},
+        "seconds": {"parse": parsed - start, "build": built - parsed},
         "tensors": _boundary(network),
         "network": {"layers": network.num_layers, "types": _layer_types(network), "decomposed_attention": decomposed},
     }
@@ -102,15 +117,20 @@ def inspect(request: Request, send: Send) -> dict[str, Any]:
         RefusalError: TensorRT cannot load the plan here.
     """
     trt = importlib.import_module(request["module"])
-    logger = _logger(trt)
-    engine = trt.Runtime(logger).deserialize_cuda_engine(Path(request["plan"]).read_bytes())
+    information = _information(trt, make_logger(trt), Path(request["plan"]).read_bytes())
+    return {"version": trt.__version__, "information": information}
+
+
+def _information(trt: Any, logger: Any, plan: Any) -> Any:
+    engine = trt.Runtime(logger).deserialize_cuda_engine(plan)
     if engine is None:
-        raise RefusalError(_last_error(logger))
-    text = engine.create_engine_inspector().get_engine_information(trt.LayerInformationFormat.JSON)
-    return {"version": trt.__version__, "information": json.loads(text)}
+        raise RefusalError(last_error(logger))
+    return json.loads(engine.create_engine_inspector().get_engine_information(trt.LayerInformationFormat.JSON))
 
 
-def _logger(trt: Any) -> Any:
+def make_logger(trt: Any) -> Any:
+    """A logger that writes warnings to the log and remembers errors for the reply."""
+
     class Logger(trt.ILogger):  # type: ignore[misc]  # TensorRT is known only at run time
         """Writes to the log, and remembers errors for the reply."""
 
@@ -129,11 +149,9 @@ def _logger(trt: Any) -> Any:
 
 def _network_flags(trt: Any, has: Mapping[str, bool]) -> int:
     kinds = trt.NetworkDefinitionCreationFlag
-    if not has["strong_typing"]:
-        raise RefusalError(f"TensorRT {trt.__version__} has no strongly typed networks")
     # The one is needed before 10 only, the other is all there is from 11 on; both are accepted as long as they exist
     explicit = 1 << int(kinds.EXPLICIT_BATCH) if has["explicit_batch"] else 0
-    return explicit | 1 << int(kinds.STRONGLY_TYPED)
+    return explicit | (1 << int(kinds.STRONGLY_TYPED) if has["strong_typing"] else 0)
 
 
 def _parse(trt: Any, has: Mapping[str, bool], network: Any, logger: Any, path: str) -> None:
@@ -145,7 +163,7 @@ def _parse(trt: Any, has: Mapping[str, bool], network: Any, logger: Any, path: s
     errors = [parser.get_error(i) for i in range(parser.num_errors)]
     for error in errors:
         if error.node() < 0:  # not about a node: no memory, or not a model
-            raise RefusalError(error.desc() or _last_error(logger))
+            raise RefusalError(error.desc() or last_error(logger))
         nodes.append(
             {
                 "index": error.node(),
@@ -154,10 +172,11 @@ def _parse(trt: Any, has: Mapping[str, bool], network: Any, logger: Any, path: s
                 "reason": error.desc(),
             }
         )
-    raise RefusalError(_last_error(logger), nodes)
+    raise RefusalError(last_error(logger), nodes)
 
 
-def _last_error(logger: Any) -> str:
+def last_error(logger: Any) -> str:
+    """What TensorRT complained of last."""
     return logger.errors[-1] if logger.errors else "TensorRT failed and logged no error"
 
 
@@ -188,6 +207,10 @@ def _configure(trt: Any, has: Mapping[str, bool], builder: Any, request: Request
         config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, request["workspace"])
     if not request["tf32"]:
         config.clear_flag(trt.BuilderFlag.TF32)
+    for option, value in request.get("options", {}).items():
+        _set_option(trt, config, option, value)
+    if not request.get("vendor_tactics", True):
+        _leave_out_vendor_tactics(trt, config)
     if has["rtx"]:
         _set_capabilities(trt, config, request["compute_capabilities"])
     for shapes in request["profiles"]:
@@ -199,6 +222,104 @@ def _configure(trt: Any, has: Mapping[str, bool], builder: Any, request: Request
     if has["progress"]:
         config.progress_monitor = _progress_monitor(trt, send)
     return config
+
+
+# option of the target: the attribute of the configuration, or the builder flags
+_ATTRIBUTES = {"optimization_level": "builder_optimization_level", "aux_streams": "max_aux_streams"}
+_FLAGS = {
+    "version_compatible": ("VERSION_COMPATIBLE",),
+    "refit": ("REFIT",),
+    "strip": ("STRIP_PLAN",),
+    "sparsity": ("SPARSE_WEIGHTS",),
+}
+
+
+def _set_option(trt: Any, config: Any, option: str, value: Any) -> None:
+    missing = RefusalError(f"TensorRT {trt.__version__} has no `{option}`: leave it out of the target's options")
+    if option in _ATTRIBUTES:
+        if not hasattr(config, _ATTRIBUTES[option]):
+            raise missing
+        setattr(config, _ATTRIBUTES[option], value)
+    elif option == "hardware_compatibility":
+        levels = getattr(getattr(trt, "HardwareCompatibilityLevel", None), "__members__", {})
+        if value.upper() not in levels:
+            raise missing
+        config.hardware_compatibility_level = levels[value.upper()]
+    else:
+        for name in _FLAGS[option]:
+            if not _has(trt, "BuilderFlag", name):
+                raise missing
+            config.set_flag(getattr(trt.BuilderFlag, name))
+
+
+def _leave_out_vendor_tactics(trt: Any, config: Any) -> None:
+    """Build without cuBLAS and cuDNN, which TensorRT before 11 can borrow kernels from, if they are installed."""
+    kinds = trt.TacticSource.__members__
+    sources = config.get_tactic_sources()
+    for name in ("CUBLAS", "CUBLAS_LT", "CUDNN"):
+        if name in kinds:
+            sources &= ~(1 << int(kinds[name]))
+    config.set_tactic_sources(sources)
+
+
+def _allow_precisions(trt: Any, config: Any, network: Any, precisions: Any, float32: Any) -> None:
+    """Weak typing: which precisions kernels may use, and the layers (by ONNX node) that must compute in float32."""
+    for name in precisions:
+        config.set_flag(getattr(trt.BuilderFlag, name))
+    exact = set(float32)
+    held = [layer for layer in (network.get_layer(i) for i in range(network.num_layers)) if layer.name in exact]
+    for layer in held:
+        layer.precision = trt.DataType.FLOAT
+    if held:
+        config.set_flag(trt.BuilderFlag.OBEY_PRECISION_CONSTRAINTS)
+
+
+class _TimingCache:
+    """Kernel timings kept between builds. Builds at the same time do not wait for each other: saving merges."""
+
+    def __init__(self, trt: Any, config: Any, path: str | None) -> None:
+        self._config, self._path = config, Path(path) if path else None
+        self.told: dict[str, Any] = {}
+        if self._path is None:
+            return
+        content = self._path.read_bytes() if self._path.exists() else b""
+        cache = self._created(content)
+        config.set_timing_cache(cache, False)
+        self.told = {"path": str(self._path), "read": len(content)}
+
+    def save(self) -> None:
+        if self._path is None:
+            return
+        cache = self._config.get_timing_cache()
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        with _locked(self._path.with_suffix(".lock")):
+            if self._path.exists():
+                cache.combine(self._created(self._path.read_bytes()), False)
+            content = bytes(cache.serialize())
+            aside = self._path.with_suffix(f".{os.getpid()}")
+            aside.write_bytes(content)
+            aside.replace(self._path)
+        self.told["written"] = len(content)
+
+    def _created(self, content: bytes) -> Any:
+        """A cache with that content; an empty one if TensorRT does not take it."""
+        with contextlib.suppress(Exception):  # whatever a damaged file provokes
+            cache = self._config.create_timing_cache(content)
+            if cache is not None:
+                return cache
+        print(f"[WARNING] the timing cache {self._path} is damaged and will be replaced", file=sys.stderr, flush=True)
+        return self._config.create_timing_cache(b"")
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Any:
+    """Hold an exclusive lock on a file, where the system has such locks; it is released when the process dies."""
+    with path.open("w") as file:
+        with contextlib.suppress(ImportError):  # Windows
+            import fcntl
+
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def _set_capabilities(trt: Any, config: Any, wanted: list[str]) -> None:

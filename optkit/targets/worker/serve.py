@@ -1,5 +1,7 @@
 """The worker's main loop: one request, then news while it is worked on, then one reply; until the pipe ends.
 
+Arrays travel beside the JSON, and are the entry ``arrays`` of a request and of a reply.
+
 News are ``{"kind": "alive", "memory": peak bytes}`` every second and ``{"kind": "progress", "percent", "phase"}``; the
 reply is ``{"kind": "reply", ...}``. If TensorRT refused, ``error`` in it is ``refused``, ``text`` says why, and
 ``nodes`` are the ONNX nodes at fault; if anything else went wrong it is ``failed``. Standard error is the log.
@@ -14,13 +16,12 @@ import time
 import traceback
 from typing import IO, TYPE_CHECKING, Any
 
-from . import build
+from . import build, run
 from .frames import read_frame, write_frame
+from .gpu import CudaError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
-
-OPERATIONS = {"probe": build.probe, "build": build.build, "inspect": build.inspect}
 
 HEARTBEAT_SECONDS = 1.0
 
@@ -32,11 +33,11 @@ class Channel:
         self._file = file
         self._lock = threading.Lock()
 
-    def send(self, message: Mapping[str, Any]) -> None:
+    def send(self, message: Mapping[str, Any], arrays: Mapping[str, Any] | None = None) -> None:
         """Send a frame; when nobody listens any more, end the process, whatever TensorRT is doing."""
         try:
             with self._lock:
-                write_frame(self._file, message)
+                write_frame(self._file, message, arrays)
         except OSError:
             os._exit(1)
 
@@ -45,20 +46,33 @@ def main() -> None:
     """Serve requests from standard input."""
     channel = Channel(_own_stdout())
     threading.Thread(target=_beat, args=(channel,), daemon=True).start()
+    runtime = run.Runtime()
+    operations = {
+        "probe": build.probe,
+        "build": build.build,
+        "inspect": build.inspect,
+        "open": runtime.open,
+        "run": runtime.run,
+        "time": runtime.time,
+        "profile": runtime.profile,
+    }
     while True:
         frame = read_frame(sys.stdin.buffer)
         if frame is None:
             return
-        request, _ = frame
+        request, arrays = frame
         try:
-            reply = OPERATIONS[request["do"]](request, channel.send)
+            reply = operations[request["do"]](dict(request, arrays=arrays), channel.send)
         except build.RefusalError as error:
             reply = {"error": "refused", "text": str(error), "nodes": error.nodes}
+        except CudaError as error:
+            reply = {"error": "cuda", "text": str(error), "out_of_memory": error.out_of_memory}
         except Exception as error:
             traceback.print_exc()
             reply = {"error": "failed", "text": f"{type(error).__name__}: {error}"}
         sys.stderr.flush()
-        channel.send(dict(reply, kind="reply"))
+        given = reply.pop("arrays", None)
+        channel.send(dict(reply, kind="reply"), given)
 
 
 def _own_stdout() -> IO[bytes]:

@@ -1,0 +1,52 @@
+"""Expresses a graph in what a target's own builder reads, just before the build."""
+
+from __future__ import annotations
+
+from optkit.context import Context
+from optkit.errors import PostconditionError
+from optkit.models import OnnxModel
+from optkit.passes.decompose_gelu import DecomposeGelu
+from optkit.passes.decompose_layer_norm import DecomposeLayerNorm
+from optkit.passes.graph_edit import GraphEdit, drift, infer_types, is_same, tolerance_db
+from optkit.passes.lower_opset import LowerOpset
+from optkit.passes.spell_out_kernels import SpellOutKernels
+from optkit.passes.widen_to_float32 import WidenToFloat32
+from optkit.targets.base import Dialect
+
+_DECOMPOSE: tuple[GraphEdit, ...] = (DecomposeLayerNorm(), DecomposeGelu())
+
+
+def legalize(model: OnnxModel, dialect: Dialect, context: Context) -> OnnxModel:
+    """The model as the builder reads it; the model itself where it reads everything.
+
+    Raises:
+        PassError: a node cannot be expressed; the message names it.
+        PostconditionError: the numbers changed.
+    """
+    steps: list[GraphEdit] = [step for step in _DECOMPOSE if step.touches & dialect.lacks]
+    after = _edited(model, [*steps, SpellOutKernels()] if dialect.explicit_kernels else steps, context)
+    if not dialect.typed:
+        widen = WidenToFloat32()
+        widened = widen.run(after, context)
+        widen.ensures(after, widened, context)
+        after = widened
+    if dialect.builder_opset is not None:
+        after = _edited(after, [LowerOpset(to=dialect.builder_opset)], context)
+    return after
+
+
+def _edited(model: OnnxModel, steps: list[GraphEdit], context: Context) -> OnnxModel:
+    """All steps on one clone, and one check of the numbers."""
+    applicable = [step for step in steps if step.applies(model.ir)]
+    if not applicable:
+        return model
+    after = model.clone()
+    infer_types(after.ir)
+    changed = [step.edit(after.ir, context) for step in applicable]
+    if not any(changed):
+        return model
+    found = drift(model, after, context)
+    if not is_same(found, tolerance_db(model.ir)):
+        names = ", ".join(step.use for step in applicable)
+        raise PostconditionError(f"{names} changed the numbers: {found}; report it")
+    return after

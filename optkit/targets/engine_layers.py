@@ -1,0 +1,159 @@
+"""What TensorRT made of a model: the layers that its inspector tells, in which precision, from which ONNX nodes.
+
+TensorRT before 10 chooses precisions itself and every version may fuse, reformat and fall back, so a precision that
+was asked for is proved from the engine and not from the request.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from optkit.errors import BuildError
+from optkit.models import OnnxModel
+
+_WEIGHTED = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul"})
+
+_PRECISIONS = (
+    (re.compile(r"\bint8\b", re.I), "INT8"),
+    (re.compile(r"\bfp8|e4m3", re.I), "FP8"),
+    (re.compile(r"\bfp16\b|\bhalf\b", re.I), "FP16"),
+    (re.compile(r"\bbf16\b|bfloat16", re.I), "BF16"),
+    (re.compile(r"\bfp32\b|\bfloat\b", re.I), "FP32"),
+    (re.compile(r"\bint32\b", re.I), "INT32"),
+    (re.compile(r"\bint64\b", re.I), "INT64"),
+    (re.compile(r"\bbool\b", re.I), "BOOL"),
+)
+
+_REFORMAT = re.compile(r"reformat", re.I)
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A layer of the engine.
+
+    Attributes:
+        name: TensorRT's.
+        kind: TensorRT's type of layer.
+        precision: that of its weights, else of what it reads, else of what it writes.
+        inputs: formats of what it reads, as TensorRT words them.
+        outputs: formats of what it writes.
+        nodes: the ONNX nodes that it computes, as far as names tell.
+        tactic: the kernel, where TensorRT tells.
+    """
+
+    name: str
+    kind: str
+    precision: str
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    nodes: tuple[str, ...]
+    tactic: str = ""
+
+    @property
+    def reformats(self) -> bool:
+        """Whether it only moves data from one format or precision to another."""
+        return bool(_REFORMAT.search(self.kind) or _REFORMAT.search(self.name))
+
+
+def read_layers(information: Mapping[str, Any], model: OnnxModel) -> list[Layer]:
+    """The layers of an engine that was built from ``model``; none if the engine keeps them to itself."""
+    names = [str(node.name) for node in model.ir.graph if node.name]
+    return [_layer(told, names) for told in information.get("Layers", ()) if isinstance(told, Mapping)]
+
+
+def _layer(told: Mapping[str, Any], names: Sequence[str]) -> Layer:
+    inputs, outputs = (tuple(_format(t) for t in told.get(side, ()) if t) for side in ("Inputs", "Outputs"))
+    weights = told.get("Weights")
+    weights_kind = weights.get("Type", "") if isinstance(weights, Mapping) else ""
+    name = str(told.get("Name", ""))
+    return Layer(
+        name,
+        str(told.get("LayerType", "")),
+        _precision((weights_kind, *inputs, *outputs)),
+        inputs,
+        outputs,
+        _nodes_in(f"{name} {told.get('Metadata', '')}", names),
+        str(told.get("TacticName", "")),
+    )
+
+
+def _format(tensor: Any) -> str:
+    """The format of a tensor; TensorRT 11 tells the type apart from it."""
+    if not isinstance(tensor, Mapping):
+        return str(tensor)
+    parts = [tensor.get("Datatype"), tensor.get("Format/Datatype"), tensor.get("Format")]
+    return " ".join(str(part) for part in parts if part)
+
+
+def _precision(texts: Iterable[str]) -> str:
+    for text in texts:
+        for pattern, name in _PRECISIONS:
+            if pattern.search(text):
+                return name
+    return ""
+
+
+def _nodes_in(text: str, names: Sequence[str]) -> tuple[str, ...]:
+    """The nodes whose names stand in a text whole: no letter, digit, dot or slash goes on beside them."""
+    tokens = set(re.split(r"\s\+\s|[\s\[\]{}(),;|]|\.\.\.|\x1f|\x1e", text))
+    return tuple(name for name in names if name in tokens)
+
+
+def summary(layers: Sequence[Layer], model: OnnxModel) -> dict[str, Any]:
+    """How many layers compute in each precision, how many only reformat, and which nodes fell back to float."""
+    computing = [layer for layer in layers if not layer.reformats]
+    return {
+        "count": len(layers),
+        "precisions": dict(Counter(layer.precision or "other" for layer in computing).most_common()),
+        "reformats": len(layers) - len(computing),
+        "islands": _islands(layers, model),
+        "layers": [asdict(layer) for layer in layers],
+    }
+
+
+def _islands(layers: Sequence[Layer], model: OnnxModel) -> list[str]:
+    """Weighted nodes that the graph has in INT8 and the engine in another precision, as far as names tell."""
+    found = {node: layer.precision for layer in layers for node in layer.nodes if not layer.reformats}
+    return [name for name in _int8_nodes(model) if found.get(name, "INT8") not in ("INT8", "")]
+
+
+def _int8_nodes(model: OnnxModel) -> list[str]:
+    """Weighted nodes all of whose operands but the bias come out of a DequantizeLinear."""
+    found = []
+    for node in model.ir.graph:
+        if node.op_type not in _WEIGHTED:
+            continue
+        producers = [value.producer() if value is not None else None for value in node.inputs[:2]]
+        if all(producer is not None and producer.op_type == "DequantizeLinear" for producer in producers):
+            found.append(str(node.name))
+    return found
+
+
+def prove(layers: Sequence[Layer], model: OnnxModel, asked: Sequence[str]) -> None:
+    """Check that the engine computes in every precision that was asked for.
+
+    Args:
+        layers: those of the engine; with none there is nothing to tell, which is an error as well.
+        model: what the engine was built from.
+        asked: ``INT8``, ``FP16``, ``BF16``.
+
+    Raises:
+        BuildError: one is missing; the message says what the engine has instead.
+    """
+    if not layers:
+        raise BuildError("TensorRT tells nothing about the engine's layers, so its precision cannot be proved")
+    have = Counter(layer.precision for layer in layers if not layer.reformats)
+    if "INT8" in asked and not _int8_nodes(model):
+        asked = [name for name in asked if name != "INT8"]
+    missing = [name for name in asked if not have[name]]
+    if missing:
+        told = ", ".join(f"{count} in {name or 'no precision told'}" for name, count in have.most_common())
+        raise BuildError(
+            f"{' and '.join(missing)} was asked for, and no layer of the engine computes in it ({told}): TensorRT has "
+            "no kernel for it here or found none faster; build in another precision, or exclude what keeps it from "
+            "fusing"
+        )

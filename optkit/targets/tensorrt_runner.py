@@ -1,0 +1,140 @@
+"""Runs a TensorRT engine in the worker process."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from optkit.errors import PassError, UnavailableError, UsageError
+from optkit.models import Engine, Feeds
+from optkit.targets import cuda
+from optkit.targets.base import Environment, check_feeds
+from optkit.targets.worker_client import Worker
+
+_CANNOT_LOAD = "build it again on this machine from the model.onnx beside it (optkit verify --rebuild)"
+
+
+class TensorRtRunner:
+    """An engine that is open in a worker process of its own.
+
+    ``time`` gives the time on the GPU between two CUDA events; transfers are excluded unless they are asked for. Inputs
+    may be NumPy arrays or whatever has ``__cuda_array_interface__`` or ``__dlpack__``.
+
+    Raises:
+        UnavailableError: the engine cannot run on this machine.
+        UsageError: the file is not an engine of that signature.
+    """
+
+    def __init__(self, engine: Engine, module: str, timeout: float, cuda_graph: bool, settings: Mapping[str, Any]):
+        self.signature = engine.signature
+        self._timeout = timeout
+        if not engine.path.is_file():
+            raise UsageError(f"{engine.path} does not exist")
+        self._worker = Worker()
+        try:
+            request = {"do": "open", "module": module, "plan": str(engine.path.resolve()), "cuda_graph": cuda_graph}
+            told = self._worker.call(request, timeout)
+            if "error" in told:
+                reason = f"{engine.path} cannot be opened by TensorRT: {told['text']}"
+                raise UnavailableError(f"{reason}: {_CANNOT_LOAD}")
+            _check_boundary(engine, told)
+        except BaseException:
+            self._worker.close()
+            raise
+        found = cuda.detect()
+        device = found.gpus[0].name if found.gpus else "GPU"
+        self.environment = Environment(device, f"{module} {told['version']}", {**settings, "calls": "in a worker"})
+
+    def run(self, feeds: Feeds) -> dict[str, np.ndarray[Any, Any]]:
+        """Outputs by name for one batch of feeds.
+
+        Raises:
+            UsageError: a feed is missing, unknown, or not of the signature's dtype and shape.
+            PassError: TensorRT failed to run the engine.
+        """
+        reply = self._ask("run", _on_host(feeds))
+        given = reply["arrays"]
+        return {spec.name: _typed(given[spec.name], spec.dtype) for spec in self.signature.outputs}
+
+    def time(self, feeds: Feeds, rounds: int, transfers: bool = False) -> np.ndarray[Any, Any]:
+        """Seconds on the GPU of each of ``rounds`` calls; with ``transfers``, copies to and from pinned memory too."""
+        reply = self._ask("time", _on_host(feeds), rounds=rounds, transfers=transfers)
+        self.environment.settings.update(reply["settings"], clocks_mhz=cuda.clocks())
+        samples: np.ndarray[Any, Any] = reply["arrays"]["seconds"]
+        return samples
+
+    def profile(self, feeds: Feeds, rounds: int = 50) -> list[dict[str, Any]]:
+        """Seconds by layer, slowest first, from runs of their own: TensorRT's profiler slows them down."""
+        layers = self._ask("profile", _on_host(feeds), rounds=rounds)["layers"]
+        return sorted(layers, key=lambda layer: -layer["seconds"])
+
+    def close(self) -> None:
+        """End the worker."""
+        self._worker.close()
+
+    def __enter__(self) -> TensorRtRunner:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def _ask(self, what: str, feeds: Feeds, **arguments: Any) -> dict[str, Any]:
+        check_feeds(self.signature, feeds)
+        sent = {
+            name: array.view(np.uint16) if array.dtype.name == "bfloat16" else array for name, array in feeds.items()
+        }
+        reply = self._worker.call({"do": what, **arguments}, self._timeout, arrays=sent)
+        if "error" in reply:
+            raise _failure(reply, self._worker.log())
+        return reply
+
+
+def _failure(reply: Mapping[str, Any], log: str) -> PassError | UsageError:
+    if "no optimization profile" in reply["text"]:
+        return UsageError(f"{reply['text']}: widen `dims` in the recipe and compile again")
+    if reply.get("out_of_memory"):
+        return PassError(f"TensorRT: {reply['text']}: use a smaller batch, or free memory on the GPU")
+    return PassError(f"TensorRT failed to run the engine: {reply['text']}" + (f"\n{log}" if log else ""))
+
+
+def _on_host(feeds: Feeds) -> dict[str, np.ndarray[Any, Any]]:
+    return {name: as_numpy(value) for name, value in feeds.items()}
+
+
+def as_numpy(value: Any) -> np.ndarray[Any, Any]:
+    """An array of anything: what lies on a GPU is copied from there.
+
+    Raises:
+        UsageError: it is no array.
+    """
+    if isinstance(value, np.ndarray):
+        return value
+    if hasattr(value, "__cuda_array_interface__"):
+        return cuda.to_host(value.__cuda_array_interface__)
+    if hasattr(value, "__dlpack__"):
+        return np.from_dlpack(value)
+    array = np.asarray(value)
+    if array.dtype == object:
+        raise UsageError(f"a {type(value).__name__} is no array: hand over NumPy, DLPack or __cuda_array_interface__")
+    return array
+
+
+def _typed(array: np.ndarray[Any, Any], dtype: str) -> np.ndarray[Any, Any]:
+    """The signature's type: TensorRT before 10 gives INT32 for INT64, and BF16 travels as its bits."""
+    if dtype == "bfloat16":
+        import ml_dtypes
+
+        return array.view(ml_dtypes.bfloat16)
+    return array if array.dtype.name == dtype else array.astype(dtype)
+
+
+def _check_boundary(engine: Engine, told: Mapping[str, Any]) -> None:
+    for side, specs in (("inputs", engine.signature.inputs), ("outputs", engine.signature.outputs)):
+        found, wanted = {tensor["name"] for tensor in told[side]}, {spec.name for spec in specs}
+        if found != wanted:
+            raise UsageError(
+                f"{engine.path} has the {side} {', '.join(sorted(found))}, but its signature says "
+                f"{', '.join(sorted(wanted))}: build it again"
+            )

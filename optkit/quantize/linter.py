@@ -77,6 +77,10 @@ def _is_dequantized_activation(value: ir.Value | None) -> bool:
 
 
 def _reads_activation(node: ir.Node) -> bool:
+    """Whether a Q or DQ works on an activation, not on a weight, which may be stored as float behind a pair."""
+    source = _producer(node.inputs[0])
+    if source is not None and source.op_type == "QuantizeLinear":
+        return constant(source.inputs[0]) is None
     return constant(node.inputs[0]) is None
 
 

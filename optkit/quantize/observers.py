@@ -177,7 +177,7 @@ def _statistics(array: Array, channels: bool) -> Statistics:
         raise FloatingPointError("is not finite (NaN or infinity)")
     exponent = _exponent(low, high)
     start, stop = _bin(low, exponent), _bin(high, exponent) + 1
-    # A power of two: the product is exact, so an element's bin does not depend on who computes it
+    # A power of two: the product is exact (denormals aside), so an element's bin does not depend on its batch
     index = np.floor(_thinned(flat) * np.float32(math.ldexp(1.0, -exponent))).astype(np.int64)
     counts = np.bincount(index - start, minlength=stop - start)
     return Statistics(low, high, exponent, start, counts, _channel_ranges(array) if channels else None)

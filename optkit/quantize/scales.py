@@ -163,17 +163,20 @@ def _entropy_range(seen: Statistics, symmetric: bool) -> tuple[float, float]:
     occupied = counts > 0
     values, counts = seen.centers[occupied], counts[occupied]
     low, high = min(seen.low, 0.0), max(seen.high, 0.0)
+    reach = max(-low, high)
     if symmetric:
-        low, high = -max(-low, high), max(-low, high)
+        low, high = -reach, reach
 
-    def divergence(shrink: float) -> float:
-        return _divergence(values, counts, low * shrink, high * shrink, 254 if symmetric else 255)
+    def cut(index: int) -> tuple[float, float]:
+        threshold = reach * float(_SHRINKAGE[index])
+        return max(low, -threshold), min(high, threshold)
+
+    def divergence(index: int) -> float:
+        return _divergence(values, counts, *cut(index), steps=254 if symmetric else 255)
 
     # Every fourth of the grid, then around the best: the divergence is smooth on that scale
-    coarse = min(range(0, len(_SHRINKAGE), 4), key=lambda i: divergence(float(_SHRINKAGE[i])))
-    nearby = range(max(coarse - 3, 0), min(coarse + 4, len(_SHRINKAGE)))
-    best = float(_SHRINKAGE[min(nearby, key=lambda i: divergence(float(_SHRINKAGE[i])))])
-    return low * best, high * best
+    coarse = min(range(0, len(_SHRINKAGE), 4), key=divergence)
+    return cut(min(range(max(coarse - 3, 0), min(coarse + 4, len(_SHRINKAGE))), key=divergence))
 
 
 def _without_zero_spike(seen: Statistics) -> Array:

@@ -14,13 +14,6 @@ MOVES = frozenset({"Flatten", "Reshape", "Squeeze", "Transpose", "Unsqueeze"})
 """Ops that move values and change none."""
 
 
-def is_float(value: ir.Value | None) -> bool:
-    """Whether a tensor is float32."""
-    import onnx_ir as ir
-
-    return value is not None and value.dtype == ir.DataType.FLOAT
-
-
 def constant(value: ir.Value | None) -> ir.TensorProtocol | None:
     """The data of an initializer or a Constant node."""
     import onnx_ir as ir
@@ -61,7 +54,7 @@ def weight_problem(node: ir.Node) -> str | None:
     weight = constant(node.inputs[1]) if len(node.inputs) > 1 else None
     if weight is None:
         return "its second operand is not a constant"
-    if not is_float(node.inputs[0]) or weight.dtype.numpy() != "float32":
+    if weight.dtype.numpy() != "float32":
         return "it does not compute in float32"
     if node.op_type in ("MatMul", "Gemm") and len(weight.shape) != 2:
         return "its weight is not a matrix"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from optkit.quantize.placement.draft import Draft
-from optkit.quantize.placement.graph import ACTIVATIONS, is_float, only_consumer
+from optkit.quantize.placement.graph import ACTIVATIONS, constant, only_consumer
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -17,7 +17,7 @@ def skip_branch(node: ir.Node, draft: Draft) -> bool:
     With a convolution on both sides, as in a block that downsamples, the skip is the branch with the shorter way up.
     The skip's Q/DQ pair is the one that the next convolution reads as well.
     """
-    if node.op_type != "Add" or len(node.inputs) != 2 or not all(is_float(value) for value in node.inputs):
+    if node.op_type != "Add" or any(constant(value) is not None for value in node.inputs):
         return False
     branches = [_convs_above(value) for value in node.inputs]
     if max(branches) == 0:

@@ -1,0 +1,91 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from optkit.quantize.placement import Use, name_nodes, place
+from optkit.targets.base import TENSORRT
+
+
+def weight(*shape):
+    return np.random.default_rng(0).standard_normal(shape).astype("f")
+
+
+def placed(model):
+    name_nodes(model)
+    return place(model, TENSORRT)
+
+
+def test_a_residual_network_is_quantized_on_inputs_and_skips(residual):
+    placement = placed(residual)
+    nodes = {str(node.outputs[0].name): str(node.name) for node in residual.ir.graph}
+    # The identity skip; and of two convolutions the one with the shorter way up
+    assert {Use(nodes["d"], 1), Use(nodes["i"], 1)} <= placement.inputs
+    assert not {Use(nodes["d"], 0), Use(nodes["i"], 0)} & placement.inputs
+    assert placement.tensors == {"image", "x0", "ar", "x1", "er", "h"}
+    assert not placement.outputs
+    assert not placement.biases
+    assert placement.kept_float == {nodes["logits"]: "it makes the model's output"}
+
+
+def test_the_addition_of_a_constant_is_no_residual(net):
+    model = net(
+        "g (float[b,16,4,4] x) => (float[b,16,4,4] y) { a = Conv(x, w) y = Add(a, c) }",
+        w=weight(16, 16, 1, 1),
+        c=weight(1, 16, 1, 1),
+    )
+    assert placed(model).tensors == {"x"}
+
+
+@pytest.mark.parametrize(
+    ("shape", "group", "reason"),
+    [
+        ((32, 16, 3, 3), 1, None),
+        ((8, 16, 3, 3), 1, "a convolution from 16 to 8 channels is too small for INT8 to pay"),
+        ((16, 1, 3, 3), 16, None),
+        ((16, 1, 1, 1), 16, "a grouped convolution to 16 channels with kernel [1, 1] has no fast INT8"),
+        ((12, 1, 3, 3), 12, "a grouped convolution to 12 channels with kernel [3, 3] has no fast INT8"),
+    ],
+)
+def test_small_convolutions_stay_float(net, shape, group, reason):
+    inputs = shape[1] * group
+    model = net(
+        f"g (float[b,{inputs},8,8] x) => (float[b,c,h,v] y) {{ e = Exp(x) y = Conv <group = {group}> (e, w) }}",
+        w=weight(*shape),
+    )
+    assert list(placed(model).kept_float.values()) == ([reason] if reason else [])
+
+
+def test_the_stem_is_quantized_although_an_image_has_three_channels(net):
+    model = net("g (float[b,3,8,8] x) => (float[b,c,h,v] y) { y = Conv(x, w) }", w=weight(16, 3, 3, 3))
+    assert placed(model).tensors == {"x"}
+
+
+def test_small_products_and_the_head_stay_float(net):
+    model = net(
+        """g (float[b,32] x) => (float[b,32] y) {
+            a = MatMul(x, w) n = MatMul(a, narrow) e = Exp(n) o = MatMul(e, wide) r = Relu(o)
+            h = MatMul(r, w) hb = Add(h, c) y = Softmax(hb)
+        }""",
+        w=weight(32, 32),
+        narrow=weight(32, 8),
+        wide=weight(8, 32),
+        c=weight(32),
+    )
+    assert list(placed(model).kept_float.values()) == [
+        "a product with a 32x8 matrix is too small for INT8 to pay",
+        "a product with a 8x32 matrix is too small for INT8 to pay",
+        "it makes the model's output",
+    ]
+
+
+def test_concatenated_tensors_share_one_scale_where_they_are_quantized(net):
+    model = net(
+        """g (float[b,16,4,4] x) => (float[b,16,4,4] y) {
+            a = Relu(x) d = Exp(x) c = Concat <axis = 1> (a, d) f = Conv(a, v) g = Conv(c, w) y = Add(f, g)
+        }""",
+        v=weight(16, 16, 1, 1),
+        w=weight(16, 32, 1, 1),
+    )
+    placement = placed(model)
+    assert placement.one_scale == (frozenset({"a", "c"}),)

@@ -1,0 +1,125 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from optkit.quantize.linter import lint
+from optkit.targets.base import ORT_CPU, TENSORRT
+
+RNG = np.random.default_rng(0)
+ARRAYS = {
+    "s": np.float32(0.1),
+    "s2": np.float32(0.2),
+    "z": np.int8(0),
+    "u": np.uint8(7),
+    "ws": np.full(32, 0.01, np.float32),
+    "wz": np.zeros(32, np.int8),
+    "w": RNG.integers(-127, 128, (32, 32, 3, 3)).astype(np.int8),
+    "f": RNG.standard_normal((32, 32, 3, 3)).astype("f"),
+    "m": RNG.integers(-127, 128, (32, 8)).astype(np.int8),
+    "b": np.arange(32, dtype=np.int32),
+}
+HEAD = "g (float[n,32,8,8] x) => (float[n,c,h,v] y) {"
+PAIR = "q = QuantizeLinear(x, s, z) d = DequantizeLinear(q, s, z)"
+WEIGHT = "wd = DequantizeLinear <axis = 0> (w, ws, wz)"
+GOOD = f"{HEAD} {PAIR} {WEIGHT} c1 = Conv(d, wd) y = Exp(c1) }}"
+
+# rule, the graph that breaks it, the op type of the node that is named, and the policy that objects
+BROKEN = [
+    (
+        "E1",
+        f"{HEAD} q = QuantizeLinear(x, s, u) d = DequantizeLinear(q, s, u) {WEIGHT} c1 = Conv(d, wd) y = Exp(c1) }}",
+        "QuantizeLinear",
+        TENSORRT,
+    ),
+    ("E2", GOOD, "QuantizeLinear", TENSORRT),
+    (
+        "E3",
+        f"{HEAD} {PAIR} {WEIGHT} bd = DequantizeLinear <axis = 0> (b, ws) c1 = Conv(d, wd, bd) y = Exp(c1) }}",
+        "Conv",
+        TENSORRT,
+    ),
+    (
+        "E4",
+        f"{HEAD} q = QuantizeLinear(x, s, z) d = DequantizeLinear(q, s2, z) {WEIGHT} c1 = Conv(d, wd) y = Exp(c1) }}",
+        "DequantizeLinear",
+        TENSORRT,
+    ),
+    (
+        "W1",
+        f"{HEAD} q = QuantizeLinear(x, ws, wz) d = DequantizeLinear(q, ws, wz) y = Exp(d) }}",
+        "QuantizeLinear",
+        TENSORRT,
+    ),
+    (
+        "W2",
+        f"{HEAD} {PAIR} wd = DequantizeLinear <axis = 1> (w, ws, wz) c1 = Conv(d, wd) y = Exp(c1) }}",
+        "Conv",
+        TENSORRT,
+    ),
+    ("W3", f"{HEAD} {PAIR} a = Add(d, d) y = Exp(a) }}", "Add", TENSORRT),
+    (
+        "W4",
+        f"{HEAD} {PAIR} r = QuantizeLinear(d, s2, z) e = DequantizeLinear(r, s2, z) y = Exp(e) }}",
+        "QuantizeLinear",
+        TENSORRT,
+    ),
+    (
+        "W5",
+        f"{HEAD} {PAIR} wd = DequantizeLinear(m, s, z) c1 = MatMul(d, wd) y = Exp(c1) }}",
+        "MatMul",
+        TENSORRT,
+    ),
+    ("W7", f"{HEAD} q = QuantizeLinear(x, s, z) y = DequantizeLinear(q, s, z) }}", "DequantizeLinear", TENSORRT),
+    ("W8", f"{HEAD} {PAIR} c1 = Conv(d, f) y = Exp(c1) }}", "Conv", TENSORRT),
+    ("W9", GOOD, "Conv", ORT_CPU),
+]
+
+
+def parsed(net, text, **replaced):
+    arrays = {name: array for name, array in (ARRAYS | replaced).items() if f"{name})" in text or f"{name}," in text}
+    model = net(text, **arrays)
+    for index, node in enumerate(model.ir.graph):
+        node.name = f"{node.op_type}_{index}"
+    return model
+
+
+@pytest.mark.parametrize(("rule", "text", "op_type", "policy"), BROKEN, ids=[row[0] for row in BROKEN])
+def test_each_rule_finds_its_fault(net, rule, text, op_type, policy):
+    replaced = {"s": np.float32(0)} if rule == "E2" else {}
+    findings = [finding for finding in lint(parsed(net, text, **replaced), policy) if finding.rule == rule]
+    assert findings
+    assert findings[0].node.startswith(op_type)
+    assert findings[0].is_error == rule.startswith("E")
+    assert findings[0].mend
+    assert str(findings[0]).startswith(f"{rule} {findings[0].node}: ")
+
+
+def test_a_sound_model_has_no_findings(net):
+    assert lint(parsed(net, GOOD), TENSORRT) == ()
+
+
+def test_uint8_is_what_onnx_runtime_wants(net):
+    text = f"{HEAD} q = QuantizeLinear(x, s, u) d = DequantizeLinear(q, s, u) y = Exp(d) }}"
+    assert lint(parsed(net, text), ORT_CPU) == ()
+
+
+def test_a_float_weight_behind_its_own_pair_is_as_good_as_a_stored_one(net):
+    weight = "wq = QuantizeLinear <axis = 0> (f, ws, wz) wd = DequantizeLinear <axis = 0> (wq, ws, wz)"
+    text = f"{HEAD} {PAIR} {weight} c1 = Conv(d, wd) y = Exp(c1) }}"
+    assert lint(parsed(net, text), TENSORRT) == ()
+
+
+def test_microsoft_pairs_are_named():
+    import onnx
+    import onnx_ir as ir
+
+    from optkit.models import OnnxModel, Signature
+
+    proto = onnx.parser.parse_model(
+        '<ir_version: 10, opset_import: ["" : 20, "com.microsoft" : 1]> g (float[4] x) => (float[4] y)'
+        " <float s = {0.1}>"
+        " { q = com.microsoft.QuantizeLinear(x, s) d = com.microsoft.DequantizeLinear(q, s) y = Exp(d) }"
+    )
+    findings = lint(OnnxModel(ir.from_proto(proto), Signature((), ())), TENSORRT)
+    assert [finding.rule for finding in findings] == ["W6", "W6"]

@@ -13,6 +13,7 @@ from typing import Any
 
 from optkit.context import Context
 from optkit.data import Data, RandomData
+from optkit.emulation import halves_in_float32
 from optkit.errors import DataError, UnavailableError
 from optkit.models import Engine, OnnxModel, Signature, TorchModel
 from optkit.numerics import Difference
@@ -168,8 +169,14 @@ def _candidate(last: Any, source: OnnxModel, recipe: Recipe, context: Context) -
     try:
         runner: Runner = recipe.target.open(last, context.threads)
     except UnavailableError as error:
-        what = f"the {precision} ONNX model that the {last.target} engine was built from, on ONNX Runtime"
-        return Entrant(STAND_IN, open_onnx(source, context.threads)), what, str(error)
+        rounded = halves_in_float32(source)
+        how = (
+            "on ONNX Runtime"
+            if rounded is source
+            else "on ONNX Runtime in float32 with every half-precision value rounded"
+        )
+        what = f"the {precision} ONNX model that the {last.target} engine was built from, {how}"
+        return Entrant(STAND_IN, open_onnx(rounded, context.threads)), what, str(error)
     return Entrant(ENGINE, runner), f"{precision} engine for {last.target}", None
 
 

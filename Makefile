@@ -15,8 +15,8 @@ help: ## Show what there is to make
 # The stamp is new when the environment holds what pyproject.toml asks for
 $(VENV)/.ready: pyproject.toml $(CONSTRAINTS)
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --upgrade pip
-	$(BIN)/pip install --quiet --constraint $(CONSTRAINTS) --editable '.[dev]'
+	$(BIN)/pip install -qq --upgrade pip
+	$(BIN)/pip install -qq --constraint $(CONSTRAINTS) --editable '.[dev]'
 	touch $@
 
 demo: $(VENV)/.ready ## Compile a trained digit classifier to INT8, validate it, and build a TensorRT-RTX engine too

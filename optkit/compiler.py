@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import logging
 import os
 import shutil
 import tempfile
@@ -20,6 +19,7 @@ from optkit.bundle import Bundle
 from optkit.context import Context, Progress, silent
 from optkit.data import open_data, random_data
 from optkit.errors import GateError, OutputError, UsageError
+from optkit.journal import collected_warnings
 from optkit.models import DimRange, OnnxModel, TorchModel
 from optkit.pipeline import run_passes
 from optkit.recipe import Recipe
@@ -36,8 +36,6 @@ if TYPE_CHECKING:
 
     from optkit.data import Data
     from optkit.targets.base import Runner
-
-log = logging.getLogger("optkit")
 
 M = TypeVar("M", bound=TorchModel | OnnxModel)
 
@@ -206,19 +204,6 @@ def _staging(out: Path) -> Iterator[Path]:
         raise
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-
-
-@contextlib.contextmanager
-def collected_warnings() -> Iterator[list[str]]:
-    """Collect what optkit logs as warnings, for the report."""
-    messages: list[str] = []
-    handler = logging.Handler(logging.WARNING)
-    handler.emit = lambda record: messages.append(record.getMessage())  # type: ignore[method-assign]
-    log.addHandler(handler)
-    try:
-        yield messages
-    finally:
-        log.removeHandler(handler)
 
 
 @contextlib.contextmanager

@@ -7,7 +7,7 @@ import logging
 import math
 import os
 import platform
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +15,7 @@ from optkit.context import Context
 from optkit.data import Data, RandomData
 from optkit.emulation import halves_in_float32
 from optkit.errors import DataError, UnavailableError
+from optkit.journal import collected_warnings
 from optkit.models import Engine, OnnxModel, Signature, TorchModel
 from optkit.numerics import Difference
 from optkit.pipeline import Stage
@@ -69,7 +70,7 @@ def validate(stages: Sequence[Stage], recipe: Recipe, context: Context) -> Repor
         DataError: there are fewer validation samples than the model takes at a time.
     """
     data, settings = _data(context), recipe.validation
-    with contextlib.ExitStack() as opened, _warnings() as warnings:
+    with contextlib.ExitStack() as opened, collected_warnings(log.name) as warnings:
         contest = _contest(stages, recipe, context, opened)
         engine = contest.candidate.runner if contest.candidate.name == ENGINE else None
         size = batch_size_for(contest.signature, settings.batch_size)
@@ -100,7 +101,7 @@ def compare_entrants(
         stages: the error of each stage of the pipeline, if there was one.
     """
     data = _data(context)
-    with _warnings() as warnings:
+    with collected_warnings(log.name) as warnings:
         accuracy = measure_accuracy(contest, data, context, settings.batch_size, settings.samples, gate.confidence)
         latency = measure_latency(contest, data, context, settings.latency, gate.confidence)
         verdict = judge(contest, accuracy, latency, gate)
@@ -203,19 +204,6 @@ def _warn(contest: Contest, accuracy: Accuracy, data: Data, past: StageError | N
             tolerance.cosine,
             f", worst in output {past.error.worst!r}" if len(past.error.outputs) > 1 else "",
         )
-
-
-@contextlib.contextmanager
-def _warnings() -> Iterator[list[str]]:
-    """What the validator warns of; the same goes to the log."""
-    messages: list[str] = []
-    handler = logging.Handler(logging.WARNING)
-    handler.emit = lambda record: messages.append(record.getMessage())  # type: ignore[method-assign]
-    log.addHandler(handler)
-    try:
-        yield messages
-    finally:
-        log.removeHandler(handler)
 
 
 def _signature_document(signature: Signature) -> dict[str, Any]:

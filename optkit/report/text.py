@@ -76,6 +76,8 @@ def _latency(document: Document) -> Iterator[str]:
     rows = [[name, *_timing(timed)] for name, timed in latency["runners"].items()]
     yield from _table(["", "p50", "p90", "p95", "p99", "mean", "CoV", "samples/s", "calls"], rows)
     candidate = document["candidate"]["name"]
+    if candidate not in latency["runners"]:
+        yield "  the engine was not timed: it did not run here"
     for name, ratio in latency["ratios"].items():
         found = f"{ratio['ratio']:.2f} times as fast as {name}, {_interval(ratio['interval'], 2)}: {ratio['verdict']}"
         yield from _wrapped(f"{candidate}: {found}")

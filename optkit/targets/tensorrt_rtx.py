@@ -83,7 +83,7 @@ class TensorRtRtxTarget(Target):
     def open(self, engine: Engine, threads: int) -> Runner:
         """Engines of TensorRT-RTX cannot be run by optkit yet; the message says what stands in the way here."""
         availability = self.can_run()
-        raise UnavailableError(f"{engine.path} cannot run here: {availability.reason}: {availability.mend}")
+        raise UnavailableError(f"{availability.reason}; {availability.mend}")
 
     def versions(self) -> dict[str, str]:
         """The version of TensorRT-RTX, if the worker's Python has it."""

@@ -62,6 +62,11 @@ class Contest:
         return (*self.baselines, self.candidate)
 
     @property
+    def timed(self) -> tuple[Entrant, ...]:
+        """Everyone whose latency means something: what stands in for an engine says nothing of the engine's."""
+        return self.entrants if self.why_not is None else self.baselines
+
+    @property
     def signature(self) -> Signature:
         """What fits everyone: the boundary with the fewest dynamic dimensions, and of those the narrowest batch."""
         return min((entrant.runner.signature for entrant in self.entrants), key=_freedom)

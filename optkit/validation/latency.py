@@ -69,7 +69,7 @@ class Latency:
 
     Attributes:
         timings: by entrant.
-        speedups: how many times faster the candidate is than each baseline.
+        speedups: how many times faster the candidate is than each baseline; none if the engine did not run.
         sizes: the size of every dynamic dimension.
         batch: how many samples one call runs.
         feeds: what was fed, in words.
@@ -87,16 +87,16 @@ class Latency:
 def measure_latency(
     contest: Contest, data: Data, context: Context, settings: LatencySettings, confidence: float
 ) -> Latency:
-    """Time every entrant at the ``opt`` sizes of the signature."""
+    """Time everyone whose latency means something, at the ``opt`` sizes of the signature."""
     signature = contest.signature
     feeds, described = _feeds(signature, data, context)
     before = _load()
-    calls = {entrant.name: _warmed_up(entrant, feeds, settings) for entrant in contest.entrants}
-    rounds: dict[str, list[Array]] = {entrant.name: [] for entrant in contest.entrants}
+    calls = {entrant.name: _warmed_up(entrant, feeds, settings) for entrant in contest.timed}
+    rounds: dict[str, list[Array]] = {entrant.name: [] for entrant in contest.timed}
     for number in context.progress(range(settings.rounds), "latency", settings.rounds):
-        for entrant in contest.entrants if number % 2 == 0 else reversed(contest.entrants):
+        for entrant in contest.timed if number % 2 == 0 else reversed(contest.timed):
             rounds[entrant.name].append(_turn(entrant, feeds, calls[entrant.name]))
-    timings = {e.name: Timings(tuple(rounds[e.name]), e.runner.environment) for e in contest.entrants}
+    timings = {e.name: Timings(tuple(rounds[e.name]), e.runner.environment) for e in contest.timed}
     for name, timing in timings.items():
         if timing.spread > UNSTEADY:
             log.warning(
@@ -104,12 +104,15 @@ def measure_latency(
                 name,
                 100 * timing.spread,
             )
-    candidate = timings[contest.candidate.name].rounds
     speedups = {
         baseline.name: ratio_of_rounds(
-            timings[baseline.name].rounds, candidate, confidence, context.rng(f"validate latency {baseline.name}")
+            timings[baseline.name].rounds,
+            timings[contest.candidate.name].rounds,
+            confidence,
+            context.rng(f"validate latency {baseline.name}"),
         )
         for baseline in contest.baselines
+        if contest.why_not is None
     }
     batch = _batch(signature, signature.sizes())
     return Latency(timings, speedups, signature.sizes(), batch, described, (before, _load()))

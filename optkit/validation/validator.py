@@ -183,9 +183,7 @@ def _candidate(last: Any, source: OnnxModel, recipe: Recipe, context: Context) -
 
 def _warn(contest: Contest, accuracy: Accuracy, data: Data, past: StageError | None) -> None:
     if contest.why_not is not None:
-        log.warning(
-            "the engine did not run here (%s): accuracy and latency are those of %s", contest.why_not, contest.what
-        )
+        log.warning("the engine did not run here (%s): the accuracy is that of %s", contest.why_not, contest.what)
     if isinstance(data, RandomData):
         log.warning("the inputs are random numbers, which prove little: give the recipe data of the model's own kind")
     elif not accuracy.labelled:

@@ -239,7 +239,7 @@ def test_says_why_it_cannot_run(tmp_path, conv):
     found = cuda.detect()
     if not found.gpus:
         assert availability.reason == found.reason
-    with pytest.raises(UnavailableError, match="cannot run here: "):
+    with pytest.raises(UnavailableError, match="no NVIDIA driver|run the engine|GPU"):
         TARGET.open(Engine(tmp_path / PLAN_FILE, "tensorrt-rtx", conv().signature), threads=1)
 
 

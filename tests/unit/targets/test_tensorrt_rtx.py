@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import sys
 from dataclasses import replace
@@ -239,7 +240,7 @@ def test_says_why_it_cannot_run(tmp_path, conv):
     found = cuda.detect()
     if not found.gpus:
         assert availability.reason == found.reason
-    with pytest.raises(UnavailableError, match="no NVIDIA driver|run the engine|GPU"):
+    with pytest.raises(UnavailableError, match=re.escape(availability.reason)):
         TARGET.open(Engine(tmp_path / PLAN_FILE, "tensorrt-rtx", conv().signature), threads=1)
 
 

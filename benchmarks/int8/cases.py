@@ -82,6 +82,8 @@ class Entrant:
     options: dict[str, Any] = field(default_factory=dict)
     only: tuple[str, ...] = ("convolutional", "transformer", "mixed", "recurrent")
     """The kinds of models that it is meant for."""
+    exact: bool = False
+    """Meant for TensorRT, which sums exactly: judged without the saturation of processors that lack VNNI."""
     few: bool = False
     """Gets ``Case.few`` samples: it keeps every activation in memory."""
 
@@ -95,39 +97,40 @@ class Entrant:
 
 U8S8 = {"activation_type": "QUInt8", "weight_type": "QInt8", "per_channel": True}
 S8S8 = {"activation_type": "QInt8", "weight_type": "QInt8", "per_channel": True}
+NARROW = {"reduce_range": True}
+ENTROPY, PERCENTILE = {"calibrate_method": "Entropy"}, {"calibrate_method": "Percentile"}
 PRODUCTS = {"op_types_to_quantize": ["Conv", "MatMul", "Gemm"]}
 
-CONVOLUTIONS, ATTENTION = ("convolutional", "mixed"), ("transformer", "mixed")
+CONVOLUTIONAL, CONVOLUTIONS = ("convolutional",), ("convolutional", "mixed")
+ATTENTION, DYNAMIC = ("transformer", "mixed"), ("transformer", "mixed", "recurrent")
 
 ENTRANTS = (
     Entrant("optkit", "default"),
-    Entrant("optkit", "for TensorRT", {"target": "tensorrt-rtx"}),
+    Entrant("optkit", "without bias correction", {"correct_bias": False}, CONVOLUTIONS),
+    Entrant("optkit", "for TensorRT", {"target": "tensorrt-rtx"}, exact=True),
     Entrant("ort", "default"),
     Entrant("ort", "U8S8 min-max", U8S8),
-    Entrant("ort", "U8S8 min-max, 7-bit weights", {**U8S8, "reduce_range": True}),
-    Entrant("ort", "U8S8 entropy", {**U8S8, "calibrate_method": "Entropy"}, few=True),
-    Entrant("ort", "U8S8 percentile", {**U8S8, "calibrate_method": "Percentile"}, few=True),
-    Entrant("ort", "U8S8 min-max, products only", {**U8S8, **PRODUCTS}, ATTENTION),
+    Entrant("ort", "U8S8 min-max, 7-bit weights", {**U8S8, **NARROW}, CONVOLUTIONAL),
+    Entrant("ort", "U8S8 entropy", {**U8S8, **ENTROPY}, CONVOLUTIONAL, few=True),
+    Entrant("ort", "U8S8 percentile", {**U8S8, **PERCENTILE}, CONVOLUTIONAL, few=True),
+    Entrant("ort", "U8S8 percentile, 7-bit weights", {**U8S8, **PERCENTILE, **NARROW}, CONVOLUTIONAL, few=True),
+    Entrant("ort", "products U8S8 min-max", {**U8S8, **PRODUCTS}, ATTENTION),
+    Entrant("ort", "products U8S8 percentile", {**U8S8, **PRODUCTS, **PERCENTILE}, ATTENTION, few=True),
     Entrant(
         "ort",
-        "U8S8 percentile, products only",
-        {**U8S8, **PRODUCTS, "calibrate_method": "Percentile"},
+        "products U8S8 percentile, 7-bit weights",
+        {**U8S8, **PRODUCTS, **PERCENTILE, **NARROW},
         ATTENTION,
         few=True,
     ),
-    Entrant("ort", "dynamic", {"dynamic": True, "per_channel": True}, (*ATTENTION, "recurrent")),
-    Entrant("ort", "for TensorRT", {**S8S8, "extra_options": {"ActivationSymmetric": True}}),
+    Entrant("ort", "dynamic", {"dynamic": True, "per_channel": True}, DYNAMIC),
+    Entrant("ort", "dynamic, 7-bit weights", {"dynamic": True, "per_channel": True, **NARROW}, DYNAMIC),
+    Entrant("ort", "for TensorRT", {**S8S8, "extra_options": {"ActivationSymmetric": True}}, exact=True),
     Entrant("nncf", "default"),
     Entrant("nncf", "accurate bias correction", {"fast_bias_correction": False}, CONVOLUTIONS),
-    Entrant(
-        "nncf",
-        "accurate bias correction, overflow fix off",
-        {"fast_bias_correction": False, "overflow_fix": "disable"},
-        CONVOLUTIONS,
-    ),
     Entrant("nncf", "transformer", {"model_type": "transformer"}, ATTENTION),
-    Entrant("modelopt", "max", {"calibration_method": "max"}),
-    Entrant("modelopt", "entropy", {"calibration_method": "entropy"}, few=True),
+    Entrant("modelopt", "max", {"calibration_method": "max"}, exact=True),
+    Entrant("modelopt", "entropy", {"calibration_method": "entropy"}, CONVOLUTIONS, exact=True, few=True),
 )
 
 PEERS = tuple(dict.fromkeys(entrant.peer for entrant in ENTRANTS))

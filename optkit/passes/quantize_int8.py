@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import math
 from collections.abc import Iterator, Sequence
@@ -15,13 +16,14 @@ from optkit.errors import DataError, PostconditionError, PreconditionError
 from optkit.models import OnnxModel
 from optkit.passes.base import OnnxPass
 from optkit.quantize.bias_correction import correct_biases
-from optkit.quantize.calibration import Calibration, Split, choose
+from optkit.quantize.calibration import Calibration, Split, choose, scales
 from optkit.quantize.linter import lint
 from optkit.quantize.measure import Judge, outputs_of
 from optkit.quantize.observers import observe
 from optkit.quantize.placement import Placement, name_nodes, place
-from optkit.quantize.qdq import Quantization, write
+from optkit.quantize.qdq import Quantization, quantize_weights, write
 from optkit.quantize.scales import WeightMethod
+from optkit.quantize.smooth_quant import smooth
 from optkit.quantize.trial import Trial, keep_better
 from optkit.targets.base import Int8Policy
 
@@ -49,6 +51,8 @@ class QuantizeInt8(OnnxPass):
     """How the ranges of activations are found."""
     weights: WeightMethod = "max"
     """Ranges of weights, per output channel: ``max``, or ``mse`` for the least squared error."""
+    smooth: bool = True
+    """Move outliers of the channels that matrix products read into their weights; undone if held-out samples say so."""
     correct_bias: bool = True
     """Take each channel's mean error out of the biases, layer after layer; undone if held-out samples say so."""
     exclude: tuple[str, ...] = ()
@@ -77,17 +81,21 @@ class QuantizeInt8(OnnxPass):
         if not placement.weights:
             reasons = "; ".join(f"{node}: {why}" for node, why in list(placement.kept_float.items())[:5])
             raise PreconditionError(f"nothing to quantize ({reasons or 'the model has no convolution or product'})")
-        samples = Split(holds_out=self.calibrate.method == "auto" or self.correct_bias)
+        samples = Split(holds_out=self.calibrate.method == "auto" or self.smooth or self.correct_bias)
         size = _batch_size(named, placement, self.calibrate.batch_size)
-        batches = samples.observe(_batches(named, data, size, self.calibrate.samples))
-        statistics = observe(named, placement.observed, context.progress(batches, "calibrating"), context.threads)
+        stream = samples.observe(_batches(named, data, size, self.calibrate.samples))
+        ahead = samples.read_ahead(stream)
+        named, trials = self._smoothed(named, placement, policy, samples, size, context)
+        placement = place(named, policy, self.exclude) if trials else placement
+        batches = context.progress(itertools.chain(ahead, stream), "calibrating")
+        statistics = observe(named, placement.observed, batches, context.threads)
         # Too few batches to hold one out: what was observed has to do
         held_out = samples.held_out or list(_batches(named, data, size, size))
         quantization, ranking = choose(
             named, placement, statistics, policy, self.calibrate, self.weights, held_out, context.threads
         )
         _log_placement(placement)
-        quantized, quantization, trials = self._improved(named, quantization, policy, samples, held_out, context)
+        quantized, quantization, more = self._corrected(named, quantization, policy, samples, held_out, context)
         ranges = {
             "data": data.fingerprint("calibration"),
             "samples": samples.observed,
@@ -101,11 +109,32 @@ class QuantizeInt8(OnnxPass):
                 "sqnr_by_method": ranking,
                 "int8": list(placement.int8),
                 "float": dict(placement.kept_float),
-                "algorithms": [asdict(trial) for trial in trials],
+                "algorithms": [asdict(trial) for trial in trials + more],
             },
         )
 
-    def _improved(
+    def _smoothed(
+        self, model: OnnxModel, placement: Placement, policy: Int8Policy, samples: Split, size: int, context: Context
+    ) -> tuple[OnnxModel, tuple[Trial, ...]]:
+        if not self.smooth or not samples.held_out:
+            return model, ()
+        again = _batches(model, _calibration_data(context), size, self.calibrate.samples)
+        smoothed = smooth(model, placement, policy, Split(holds_out=True).observe(again), context.threads)
+        if smoothed is model:
+            return model, ()
+        judge = Judge(model, samples.held_out, policy, context.threads)
+
+        def error(candidate: OnnxModel) -> float:
+            places = place(candidate, policy, self.exclude)
+            statistics = observe(candidate, places.observed, samples.first, context.threads)
+            activations = scales(places, statistics, policy, "max")
+            weights = quantize_weights(candidate, places, policy, activations, self.weights)
+            return judge.error(write(candidate, Quantization(places, activations, weights)))
+
+        chosen, _, trial = keep_better("smooth", (model, error(model)), (smoothed, error(smoothed)))
+        return chosen, (trial,)
+
+    def _corrected(
         self,
         model: OnnxModel,
         quantization: Quantization,

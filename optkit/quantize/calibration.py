@@ -82,6 +82,16 @@ class Split:
                 self.observed += len(batch)
                 yield batch
 
+    def read_ahead(self, stream: Iterator[Batch]) -> list[Batch]:
+        """What ``observe`` gives until there are as many first samples as there will be, and some are held out."""
+        ahead: list[Batch] = []
+        while sum(map(len, self.first)) < _MOST_HELD_OUT or (self.holds_out and not self.held_out):
+            batch = next(stream, None)
+            if batch is None:
+                break
+            ahead.append(batch)
+        return ahead
+
 
 def scales(
     placement: Placement,

@@ -92,7 +92,7 @@ def write(model: OnnxModel, quantization: Quantization) -> OnnxModel:
         writer.constants(node)
     for value in [*written.ir.graph.inputs, *(value for node in list(written.ir.graph) for value in node.outputs)]:
         writer.activation(value)
-    _drop_unused_initializers(written.ir.graph)
+    drop_unused_initializers(written.ir.graph)
     return written
 
 
@@ -218,7 +218,8 @@ def _set_input(node: ir.Node, index: int, value: ir.Value) -> None:
     node.replace_input_with(index, value)
 
 
-def _drop_unused_initializers(graph: ir.Graph) -> None:
+def drop_unused_initializers(graph: ir.Graph) -> None:
+    """Remove what no node reads any more: ONNX Runtime takes no data for it."""
     outputs = set(graph.outputs)
     for name, value in list(graph.initializers.items()):
         if not value.uses() and value not in outputs:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import logging
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -22,6 +22,7 @@ from optkit.quantize.measure import Judge, outputs_of
 from optkit.quantize.observers import observe
 from optkit.quantize.placement import Placement, name_nodes, place
 from optkit.quantize.qdq import Quantization, quantize_weights, write
+from optkit.quantize.rounding import round_weights
 from optkit.quantize.scales import WeightMethod
 from optkit.quantize.smooth_quant import smooth
 from optkit.quantize.trial import Trial, keep_better
@@ -53,6 +54,8 @@ class QuantizeInt8(OnnxPass):
     """Ranges of weights, per output channel: ``max``, or ``mse`` for the least squared error."""
     smooth: bool = True
     """Move outliers of the channels that matrix products read into their weights; undone if held-out samples say so."""
+    round: Literal["nearest", "gptq"] = "nearest"
+    """How weights are rounded: each to its nearest, or in turn so that later ones make up for earlier ones' errors."""
     correct_bias: bool = True
     """Take each channel's mean error out of the biases, layer after layer; undone if held-out samples say so."""
     exclude: tuple[str, ...] = ()
@@ -81,7 +84,7 @@ class QuantizeInt8(OnnxPass):
         if not placement.weights:
             reasons = "; ".join(f"{node}: {why}" for node, why in list(placement.kept_float.items())[:5])
             raise PreconditionError(f"nothing to quantize ({reasons or 'the model has no convolution or product'})")
-        samples = Split(holds_out=self.calibrate.method == "auto" or self.smooth or self.correct_bias)
+        samples = Split(holds_out=self.calibrate.method == "auto" or self._improves)
         size = _batch_size(named, placement, self.calibrate.batch_size)
         stream = samples.observe(_batches(named, data, size, self.calibrate.samples))
         ahead = samples.read_ahead(stream)
@@ -95,7 +98,7 @@ class QuantizeInt8(OnnxPass):
             named, placement, statistics, policy, self.calibrate, self.weights, held_out, context.threads
         )
         _log_placement(placement)
-        quantized, quantization, more = self._corrected(named, quantization, policy, samples, held_out, context)
+        quantized, quantization, more = self._improved(named, quantization, policy, samples, held_out, context)
         ranges = {
             "data": data.fingerprint("calibration"),
             "samples": samples.observed,
@@ -134,7 +137,11 @@ class QuantizeInt8(OnnxPass):
         chosen, _, trial = keep_better("smooth", (model, error(model)), (smoothed, error(smoothed)))
         return chosen, (trial,)
 
-    def _corrected(
+    @property
+    def _improves(self) -> bool:
+        return self.smooth or self.correct_bias or self.round != "nearest"
+
+    def _improved(
         self,
         model: OnnxModel,
         quantization: Quantization,
@@ -143,18 +150,22 @@ class QuantizeInt8(OnnxPass):
         held_out: Sequence[Batch],
         context: Context,
     ) -> tuple[OnnxModel, Quantization, tuple[Trial, ...]]:
-        written = write(model, quantization)
-        if not self.correct_bias:
-            return written, quantization, ()
+        best = quantization, write(model, quantization)
+        steps: dict[str, Callable[[Quantization], Quantization]] = {}
+        if self.round == "gptq":
+            steps["round"] = lambda q: round_weights(model, q, samples.first, context.seed, context.threads)
+        if self.correct_bias:
+            steps["correct_bias"] = lambda q: correct_biases(model, q, policy, samples.first, context.threads)
+        if not steps:
+            return best[1], quantization, ()
         judge = Judge(model, held_out, policy, context.threads)
-        corrected = correct_biases(model, quantization, policy, samples.first, context.threads)
-        after = write(model, corrected)
-        (quantization, written), _, trial = keep_better(
-            "correct_bias",
-            ((quantization, written), judge.error(written)),
-            ((corrected, after), judge.error(after)),
-        )
-        return written, quantization, (trial,)
+        error, trials = judge.error(best[1]), []
+        for name, step in steps.items():
+            improved = step(best[0])
+            written = write(model, improved)
+            best, error, trial = keep_better(name, (best, error), ((improved, written), judge.error(written)))
+            trials.append(trial)
+        return best[1], best[0], tuple(trials)
 
     def ensures(self, before: OnnxModel, after: OnnxModel, context: Context) -> None:
         """The target can take every Q/DQ pair, nothing that was promised runs in float, and outputs are finite."""

@@ -128,6 +128,12 @@ ENTRANTS = (
     Entrant("ort", "for TensorRT", {**S8S8, "extra_options": {"ActivationSymmetric": True}}, exact=True),
     Entrant("nncf", "default"),
     Entrant("nncf", "accurate bias correction", {"fast_bias_correction": False}, CONVOLUTIONS),
+    Entrant(
+        "nncf",
+        "min-max ranges, accurate bias correction",
+        {"fast_bias_correction": False, "ranges": "MINMAX"},
+        CONVOLUTIONS,
+    ),
     Entrant("nncf", "transformer", {"model_type": "transformer"}, ATTENTION),
     Entrant("modelopt", "max", {"calibration_method": "max"}, exact=True),
     Entrant("modelopt", "entropy", {"calibration_method": "entropy"}, CONVOLUTIONS, exact=True, few=True),

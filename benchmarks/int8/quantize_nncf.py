@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import nncf
 import onnx
-from nncf.quantization.advanced_parameters import AdvancedQuantizationParameters, OverflowFix
+from nncf.quantization.advanced_parameters import AdvancedQuantizationParameters
+from nncf.quantization.range_estimator import RangeEstimatorParametersSet
 from samples import arguments
 
 
@@ -12,9 +13,9 @@ def main() -> None:
     model, samples, out, options = arguments()
     if "model_type" in options:
         options["model_type"] = nncf.ModelType(options["model_type"])
-    if "overflow_fix" in options:
-        fix = OverflowFix(options.pop("overflow_fix"))
-        options["advanced_parameters"] = AdvancedQuantizationParameters(overflow_fix=fix)
+    if "ranges" in options:
+        ranges = getattr(RangeEstimatorParametersSet, options.pop("ranges"))
+        options["advanced_parameters"] = AdvancedQuantizationParameters(activations_range_estimator_params=ranges)
     dataset = nncf.Dataset(list(samples.batches()))
     quantized = nncf.quantize(onnx.load(model), dataset, subset_size=len(samples), **options)
     onnx.save(quantized, out)

@@ -68,15 +68,17 @@ def _row(entrant: Entrant, result: dict[str, Any]) -> str:
     cost = f"{result.get('cpu_s', 0):.0f} | {result.get('peak_mb', 0):.0f}"
     if "error" in result or "score" not in result:
         return f"| {name} | failed: {result.get('error', 'not scored yet')[:120]} | | | | | {cost} | |"
-    difference, speedup = result["difference"], result["speedup"]
+    speedup = result["speedup"]
+    # Adding 0 makes -0 a 0
+    difference = [round(100 * value, 2) + 0 for value in result["difference"]]
     exact = [result.get("exact_sqnr_db", {}).get(output) for output in result["sqnr_db"]]
     sqnr = ", ".join(
         f"{value:.1f}" + (f" ({other:.1f})" if other is not None else "")
         for value, other in zip(result["sqnr_db"].values(), exact, strict=True)
     )
     return (
-        f"| {name} | {result['score']:.4f} | {100 * difference[0]:+.2f} [{100 * difference[1]:+.2f}, "
-        f"{100 * difference[2]:+.2f}] | {sqnr} | {', '.join(f'{value:.4f}' for value in result['cosine'].values())} "
+        f"| {name} | {result['score']:.4f} | {difference[0]:+.2f} [{difference[1]:+.2f}, "
+        f"{difference[2]:+.2f}] | {sqnr} | {', '.join(f'{value:.4f}' for value in result['cosine'].values())} "
         f"| {speedup[0]:.2f} [{speedup[1]:.2f}, {speedup[2]:.2f}] | {cost} | {result['bytes'] / 1e6:.2f} |"
     )
 

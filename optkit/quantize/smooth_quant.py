@@ -174,7 +174,8 @@ def _divide(graph: ir.Graph, readers: Sequence[ir.Node], factors: Array) -> str:
     assert source is not None  # a group has a tensor that it reads
     norm = source.producer()
     reads = [(use.node, use.idx) for use in source.uses()]
-    if norm is not None and _takes(norm) and all(n in readers and i == 0 for n, i in reads) and not _is_output(source):
+    only_readers = all(node in readers and index == 0 for node, index in reads) and not source.is_graph_output()
+    if norm is not None and _takes(norm) and only_readers:
         for index in (1, 2):
             if len(norm.inputs) > index and norm.inputs[index] is not None:
                 norm.replace_input_with(
@@ -199,10 +200,6 @@ def _takes(node: ir.Node) -> bool:
         and attribute(node, "axis", -1) == -1
         and all(value is None or constant(value) is not None for value in node.inputs[1:])
     )
-
-
-def _is_output(value: ir.Value) -> bool:
-    return value.is_graph_output()
 
 
 def _inserted_mul(graph: ir.Graph, source: ir.Value, readers: Sequence[ir.Node], factors: Array) -> ir.Value:

@@ -1,8 +1,10 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
+import onnx_ir as ir
 import pytest
 
 from optkit.quantize.calibration import scales
@@ -68,9 +70,7 @@ def ops(model):
 @pytest.mark.parametrize("policy", [ORT_CPU, TENSORRT], ids=["onnxruntime", "tensorrt"])
 @pytest.mark.parametrize(("name", "muls"), [("norm", 0), ("residual", 1), ("flat", 1)])
 def test_outliers_move_into_the_weights_and_the_function_stays(models, array_data, name, muls, policy):
-    import dataclasses
-
-    policy = dataclasses.replace(policy, rules=tuple(rule for rule in policy.rules if rule != "head_float"))
+    policy = replace(policy, rules=tuple(rule for rule in policy.rules if rule != "head_float"))
     model = models[name]
     name_nodes(model)
     batches = batches_for(model, array_data)
@@ -102,8 +102,6 @@ def test_dead_channels_stay_finite(models, array_data):
 
 
 def test_the_input_model_is_not_touched(models, array_data):
-    import onnx_ir as ir
-
     model = models["norm"]
     name_nodes(model)
     before = ir.to_proto(model.ir).SerializeToString()

@@ -5,6 +5,7 @@ E1   an activation is UINT8 or has a zero point, where the target takes symmetri
 E2   a scale is zero, negative, NaN or infinite
 E3   a bias is INT32 behind a DequantizeLinear, where the target wants it in float
 E4   a DequantizeLinear reads another type, scale or zero point than its QuantizeLinear wrote
+E5   an operator computes on integers itself, where the target reads Q/DQ pairs only
 W1   an activation has a scale per channel
 W2   a weight's scales lie along another axis than the output channels
 W3   both operands of a residual Add are quantized, where the target fuses one of them in float
@@ -35,6 +36,11 @@ if TYPE_CHECKING:
     import onnx_ir as ir
 
 
+_INTEGER_OPS = frozenset(
+    {"ConvInteger", "DynamicQuantizeLinear", "MatMulInteger", "QGemm", "QLinearAdd", "QLinearConv", "QLinearMatMul"}
+)
+
+
 @dataclass(frozen=True)
 class Finding:
     """What is wrong, where, and how to mend it."""
@@ -55,8 +61,14 @@ class Finding:
 
 def lint(model: OnnxModel, policy: Int8Policy) -> tuple[Finding, ...]:
     """Every finding, in the order of the graph."""
-    rules = (_parameters, _pairs, _weights, _residual_adds, _outputs)
+    rules = (_operators, _parameters, _pairs, _weights, _residual_adds, _outputs)
     return tuple(finding for node in model.ir.graph for rule in rules for finding in rule(node, policy))
+
+
+def is_quantized(model: OnnxModel) -> bool:
+    """Whether there is anything to judge."""
+    quantized = _INTEGER_OPS | {"QuantizeLinear", "DequantizeLinear"}
+    return any(node.op_type in quantized for node in model.ir.graph)
 
 
 def _is(node: ir.Node | None, op_type: str) -> bool:
@@ -87,6 +99,11 @@ def _reads_activation(node: ir.Node) -> bool:
 def _parameter(node: ir.Node, index: int) -> np.ndarray[Any, Any] | None:
     tensor = constant(node.inputs[index]) if len(node.inputs) > index else None
     return None if tensor is None else tensor.numpy()
+
+
+def _operators(node: ir.Node, policy: Int8Policy) -> Iterator[Finding]:
+    if policy.symmetric and node.op_type in _INTEGER_OPS:
+        yield Finding("E5", _name(node), f"{node.op_type} is not Q/DQ", "quantize again, with Q/DQ pairs")
 
 
 def _parameters(node: ir.Node, policy: Int8Policy) -> Iterator[Finding]:

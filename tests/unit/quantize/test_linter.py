@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from optkit.quantize.linter import lint
+from optkit.quantize.linter import is_quantized, lint
 from optkit.targets.base import ORT_CPU, TENSORRT
 
 RNG = np.random.default_rng(0)
@@ -45,6 +45,7 @@ BROKEN = [
         "DequantizeLinear",
         TENSORRT,
     ),
+    ("E5", f"{HEAD} q, t, u0 = DynamicQuantizeLinear(x) y = Exp(x) }}", "DynamicQuantizeLinear", TENSORRT),
     (
         "W1",
         f"{HEAD} q = QuantizeLinear(x, ws, wz) d = DequantizeLinear(q, ws, wz) y = Exp(d) }}",
@@ -123,3 +124,8 @@ def test_microsoft_pairs_are_named():
     )
     findings = lint(OnnxModel(ir.from_proto(proto), Signature((), ())), TENSORRT)
     assert [finding.rule for finding in findings] == ["W6", "W6"]
+
+
+def test_only_a_quantized_model_is_there_to_judge(net):
+    assert is_quantized(parsed(net, GOOD))
+    assert not is_quantized(parsed(net, f"{HEAD} y = Exp(x) }}"))

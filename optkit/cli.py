@@ -334,8 +334,8 @@ def _options(kind: Any) -> list[inspect.Parameter]:
 
 
 @dataclass(frozen=True)
-class RecipeOptions:
-    """Options that each set one field of the recipe."""
+class ModelOptions:
+    """Options that each set one field of the recipe: those of what goes in."""
 
     data: Annotated[
         str | None, typer.Option(metavar="SPEC", help="Data spec (YAML): what to calibrate and to judge with.")
@@ -361,15 +361,6 @@ class RecipeOptions:
     trust_pickle: Annotated[
         bool, typer.Option("--trust-pickle", help="Load a pickled module, which runs the code that is in it.")
     ] = False
-    max_drop: Annotated[
-        float | None, typer.Option(metavar="POINTS", help="What the metric may lose, in points of 100 [0.5].")
-    ] = None
-    min_speedup: Annotated[
-        float | None, typer.Option(metavar="FACTOR", help="How many times faster than FP32 it must be [not judged].")
-    ] = None
-    samples: Annotated[
-        int | None, typer.Option(metavar="N", help="How many validation samples to use [the whole split].")
-    ] = None
     seed: Annotated[int | None, typer.Option(metavar="N", help="The only source of randomness [0].")] = None
     threads: Annotated[int | None, typer.Option(metavar="N", help="CPU threads [the number of physical cores].")] = None
 
@@ -389,10 +380,34 @@ class RecipeOptions:
             model=_over(recipe.model, model),
             inputs={**recipe.inputs, **dict(_pairs("--input", self.input))},
             dims={**recipe.dims, **{k: _range(k, v) for k, v in _pairs("--dim", self.dim)}},
-            validation=_over(recipe.validation, {"samples": self.samples}),
-            gate=_over(recipe.gate, {"max_drop": self.max_drop, "min_speedup": self.min_speedup}),
             **_given({"data": self.data, "seed": self.seed, "threads": self.threads}),
         ).relative_to(Path.cwd())
+
+
+@dataclass(frozen=True)
+class RecipeOptions(ModelOptions):
+    """The same, and those of what is judged."""
+
+    max_drop: Annotated[
+        float | None, typer.Option(metavar="POINTS", help="What the metric may lose, in points of 100 [0.5].")
+    ] = None
+    min_speedup: Annotated[
+        float | None, typer.Option(metavar="FACTOR", help="How many times faster than FP32 it must be [not judged].")
+    ] = None
+    samples: Annotated[
+        int | None, typer.Option(metavar="N", help="How many validation samples to use [the whole split].")
+    ] = None
+
+    def applied_to(self, recipe: Recipe) -> Recipe:
+        """The recipe with what was given put in, as above."""
+        return (
+            super()
+            .applied_to(recipe)
+            .updated(
+                validation=_over(recipe.validation, {"samples": self.samples}),
+                gate=_over(recipe.gate, {"max_drop": self.max_drop, "min_speedup": self.min_speedup}),
+            )
+        )
 
 
 def _for_target(recipe: Recipe, target: str | None) -> Recipe:
@@ -565,6 +580,72 @@ def validate_candidate(
         report = validate(candidate, baseline, options.applied_to(base), progress=progress)
     exit_code = 0 if report.verdict.status == "passed" else GateError.exit_code
     return Answer(report.document, render(report.document), exit_code=exit_code)
+
+
+@command(
+    app,
+    "sensitivity",
+    [
+        "sensitivity model.onnx --data calibration/digits.yaml",
+        "sensitivity --recipe recipes/digits-int8.yaml --target tensorrt --samples 256 --json",
+    ],
+)
+def rank_layers(
+    options: ModelOptions,
+    terminal: Terminal,
+    checkpoint: Annotated[
+        str | None, typer.Argument(metavar="MODEL", help="Float checkpoint, as `compile` takes it.")
+    ] = None,
+    recipe: Annotated[
+        str | None, typer.Option(metavar="FILE", help="Recipe with quantize_int8 [the built-in int8].")
+    ] = None,
+    target: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Whose INT8 to rank [the recipe's]; it need not be here.")
+    ] = None,
+    samples: Annotated[
+        int | None, typer.Option(metavar="N", min=1, help="How many calibration samples to use [the recipe's].")
+    ] = None,
+) -> Answer:
+    """Rank the INT8 layers by the error that each adds.
+
+    Each is left in float in turn while everything else stays in INT8: the gain is what that brings on a few held-out
+    calibration samples. Names are those that `exclude` of quantize_int8 takes.
+    """
+    from optkit.compiler import sensitivity
+    from optkit.recipe import Recipe
+
+    resolved = options.applied_to(_for_target(Recipe.load(recipe or "int8"), target))
+    with terminal.progress() as progress:
+        ranking = sensitivity(checkpoint, resolved, samples=samples, progress=progress)
+    total = sum(node.macs or 0 for node in ranking.nodes)
+    lines = [f"{'gain dB':>8}  {'SQNR dB':>8}  {'MACs':>6}  {'op':13}  layer"]
+    for node in ranking.nodes:
+        share = f"{100 * node.macs / total:5.1f}%" if node.macs and total else "?"
+        lines.append(f"{node.gain_db:+8.2f}  {node.sqnr_db_without:8.2f}  {share:>6}  {node.op:13}  {node.name}")
+    lines.append(f"all in INT8: {ranking.sqnr_db:.2f} dB on {ranking.samples} samples, for {resolved.target.name}")
+    return Answer({"target": resolved.target.name, **dataclasses.asdict(ranking)}, "\n".join(lines))
+
+
+@command(app, "lint", ["lint model-int8.onnx --target tensorrt"])
+def lint_model(
+    terminal: Terminal,
+    file: Annotated[Path, typer.Argument(metavar="MODEL", help="Quantized ONNX file, or bundle.")],
+    target: Annotated[str, typer.Option(metavar="NAME", help="What the model is meant for.")] = "onnxruntime",
+) -> Answer:
+    """Judge a quantized ONNX model by what a target wants.
+
+    Rules E break a build, rules W cost accuracy or time. Exits with 2 if there are errors, and 0 otherwise.
+    """
+    from optkit.compiler import lint
+    from optkit.recipe import Recipe
+
+    meant_for = Recipe.load("int8").updated(target=target).target
+    findings = lint(file, meant_for)
+    errors = sum(finding.is_error for finding in findings)
+    lines = [f"{found.rule}  {found.node}: {found.message}\n    > {found.mend}" for found in findings]
+    lines.append(f"{file} for {target}: errors: {errors}, warnings: {len(findings) - errors}")
+    document = {"model": str(file), "target": target, "findings": [dataclasses.asdict(found) for found in findings]}
+    return Answer(document, "\n".join(lines), exit_code=UsageError.exit_code if errors else 0)
 
 
 @command(app, "verify", ["verify digits-int8"])

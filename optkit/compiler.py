@@ -18,12 +18,20 @@ from optkit import bundle as bundles
 from optkit.bundle import Bundle
 from optkit.context import Context, Progress, silent
 from optkit.data import open_data, random_data
-from optkit.errors import GateError, OutputError, UsageError
+from optkit.errors import CheckpointError, GateError, OutputError, UsageError
+from optkit.failures import reason
 from optkit.journal import collected_warnings
-from optkit.models import DimRange, OnnxModel, TorchModel
+from optkit.models import DimRange, OnnxModel, Signature, TorchModel
+from optkit.passes.quantize_int8 import QuantizeInt8
 from optkit.pipeline import run_passes
+from optkit.quantize.linter import Finding, is_quantized
+from optkit.quantize.linter import lint as judge_pairs
+from optkit.quantize.placement import name_nodes
+from optkit.quantize.sensitivity import Sensitivity
+from optkit.quantize.sensitivity import sensitivity as rank_layers
 from optkit.recipe import Recipe
-from optkit.source import load_model
+from optkit.source import load_model, recognise
+from optkit.source.reading import damaged
 from optkit.targets.onnxruntime import open_onnx
 from optkit.targets.pytorch import open_torch
 from optkit.validation import Report
@@ -35,6 +43,7 @@ if TYPE_CHECKING:
     import torch
 
     from optkit.data import Data
+    from optkit.targets import AnyTarget
     from optkit.targets.base import Runner
 
 M = TypeVar("M", bound=TorchModel | OnnxModel)
@@ -139,6 +148,84 @@ def validate(
         context = Context(recipe.target, Path(), samples, recipe.seed, threads, progress)
         contest = Contest((rival,), judged, rival.name, what=str(candidate))
         return compare_entrants(contest, context, recipe.validation, recipe.gate, recipe.name)
+
+
+def sensitivity(
+    model: str | Path | torch.nn.Module | OnnxModel | None,
+    recipe: Recipe | str | Path = "int8",
+    *,
+    samples: int | None = None,
+    progress: Progress = silent,
+) -> Sensitivity:
+    """Rank the layers that a recipe's ``quantize_int8`` would put into INT8 by the error that each adds.
+
+    The passes before it run first, so the names are those that its ``exclude`` takes. Its own accuracy algorithms
+    (smoothing, bias correction) do not run: the ranking is that of plain calibration.
+
+    Args:
+        model: whatever ``compile`` takes.
+        recipe: one with ``quantize_int8`` and ``data``.
+        samples: how many calibration samples; None for as many as the recipe takes.
+        progress: draws a progress bar over long loops.
+
+    Raises:
+        OptkitError: the recipe, the model or the data does not fit.
+    """
+    recipe = recipe if isinstance(recipe, Recipe) else Recipe.load(recipe)
+    index = next((i for i, step in enumerate(recipe.passes) if isinstance(step, QuantizeInt8)), None)
+    if index is None:
+        raise UsageError("the recipe has no quantize_int8 pass, so there is no INT8 layer to rank: add it")
+    if model is None and recipe.model.checkpoint is None:
+        raise UsageError("there is no model: name a checkpoint, or set model.checkpoint in the recipe")
+    before, step = recipe.passes[:index], recipe.passes[index]
+    assert isinstance(step, QuantizeInt8)  # that is what index was looked for by
+    settings = step.calibrate if samples is None else step.calibrate.model_copy(update={"samples": samples})
+    with tempfile.TemporaryDirectory() as scratch, cpu_threads(recipe.threads) as threads:
+        data = open_data(recipe.data, recipe.seed) if recipe.data else None
+        loaded = load_model(model or recipe.model.checkpoint or "", recipe, data.inputs if data else ()).model
+        start = fit_to_data(loaded, data, recipe) if data else loaded
+        context = Context(recipe.target, Path(scratch), data, recipe.seed, threads, progress)
+        ready = isinstance(start, OnnxModel) and not any(one.takes == "onnx" for one in before)
+        floats = start if ready else run_passes(before, start, context)[-1].model
+        assert isinstance(floats, OnnxModel)  # recipes are refused whose quantize_int8 gets anything else
+        step.requires(floats, context)
+        policy = recipe.target.dialect.int8
+        assert policy is not None  # step.requires refuses targets without INT8
+        return rank_layers(floats, policy, context, settings, step.weights, step.exclude)
+
+
+def lint(path: str | Path, target: AnyTarget) -> tuple[Finding, ...]:
+    """Judge the INT8 of an ONNX file, whoever quantized it, by what a target wants.
+
+    Nodes without a name go by their type and their place in the graph, as ``Conv_12``.
+
+    Args:
+        path: an ONNX file, or a bundle.
+        target: what the model is meant for.
+
+    Raises:
+        CheckpointError: the file cannot be read or is no ONNX.
+        UsageError: the target has no INT8, or the model nothing quantized.
+    """
+    import onnx_ir as ir
+
+    policy = target.dialect.int8
+    if policy is None:
+        raise UsageError(f"the target {target.name!r} has no INT8 to judge by: choose another --target")
+    file = Path(path) / "model.onnx" if bundles.is_bundle(Path(path)) else Path(path)
+    if (kind := recognise(file)) != "onnx":
+        raise CheckpointError(f"{file}: is {kind}, and the linter reads ONNX: compile it first, or export it")
+    try:
+        model = OnnxModel(ir.load(file), Signature((), ()))
+    except Exception as error:
+        raise damaged(file, f"not a whole ONNX model ({reason(error)})") from error
+    if not is_quantized(model):
+        raise UsageError(f"{file}: nothing in it is quantized, so there is nothing to judge: quantize it first")
+    name_nodes(model)
+    try:
+        return judge_pairs(model, policy)
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{file}: its weights are in {error.filename}, which is not there; copy both") from error
 
 
 def fit_to_data(model: M, data: Data, recipe: Recipe) -> M:

@@ -42,7 +42,7 @@ def error_of(capsys: pytest.CaptureFixture[str]) -> str:
 def test_help_names_every_command(arguments, capsys):
     assert main(arguments) == 0
     text = capsys.readouterr().out
-    for command in ("compile", "validate", "verify", "inspect", "doctor", "recipe"):
+    for command in ("compile", "validate", "sensitivity", "lint", "verify", "inspect", "doctor", "recipe"):
         assert f"  {command} " in text
 
 
@@ -96,6 +96,11 @@ def test_version(capsys):
         (["compile", "m.pt", "--dim", "batch=8:1:32"], "min <= opt <= max"),
         (["compile", "m.pt", "--input", "image=float32"], "float32[batch,3,224,224]"),
         (["compile"], "there is no model"),
+        (["sensitivity"], "there is no model"),
+        (["sensitivity", "m.pt", "--recipe", "fp16"], "no quantize_int8"),
+        (["sensitivity", "m.pt", "--samples", "0"], "--samples"),
+        (["lint", "m.onnx"], "no such file"),
+        (["lint", "m.onnx", "--target", "tensort"], "did you mean 'tensorrt'?"),
     ],
 )
 def test_a_wrong_argument_is_one_line_and_exit_code_2(arguments, said, capsys, tmp_path, monkeypatch):

@@ -29,8 +29,10 @@ data: $(VENV)/.ready ## Fetch every model and data set that the tests and benchm
 	$(BIN)/python calibration/fetch.py $(SETS) --to $(DATA)
 	$(BIN)/python examples/models/prepare.py digits fashion efficientnet bbc --data $(DATA)
 
+# Every test computes on one thread, so two run side by side
+test: export OMP_NUM_THREADS = 1
 test: data ## Run the tests
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 check: $(VENV)/.ready ## Lint, format check, types
 	$(BIN)/ruff check .

@@ -17,7 +17,7 @@ DATA = ROOT / ".data"
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
 
 # Enough to see that the whole way works; what the samples prove is the recipes' own business
-QUICK = {"samples": 64, "batch_size": 8, "stage_samples": 4, "latency": {"rounds": 2, "seconds": 0.01, "warmup": 0.0}}
+QUICK = {"samples": 32, "batch_size": 8, "stage_samples": 4, "latency": {"rounds": 2, "seconds": 0.01, "warmup": 0.0}}
 
 MODELS = {
     "digits": ("digits/handwriting_model.pth", "digits/digit_cnn.pt2", "digits.py:digit_cnn", "digits"),
@@ -82,7 +82,7 @@ def test_every_model_in_every_precision(model: str, format: str, precision: str,
 
 @needs_data
 def test_the_gate_is_honest_on_few_samples(tmp_path: Path):
-    # 64 samples cannot show that INT8 loses less than half a point, so nothing may come out
+    # 32 samples cannot show that INT8 loses less than half a point, so nothing may come out
     recipe = quick(Recipe.load(ROOT / "recipes/digits-int8.yaml")).updated(gate={"max_drop": 0.5})
     with pytest.raises(GateError, match="inconclusive"):
         optkit.compile(None, recipe, tmp_path / "out")

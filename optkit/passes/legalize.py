@@ -7,13 +7,15 @@ from optkit.errors import PostconditionError
 from optkit.models import OnnxModel
 from optkit.passes.decompose_gelu import DecomposeGelu
 from optkit.passes.decompose_layer_norm import DecomposeLayerNorm
-from optkit.passes.graph_edit import GraphEdit, drift, infer_types, is_same, tolerance_db
+from optkit.passes.graph_edit import GraphEdit, drift, infer_types, is_same
 from optkit.passes.lower_opset import LowerOpset
 from optkit.passes.spell_out_kernels import SpellOutKernels
-from optkit.passes.widen_to_float32 import WidenToFloat32
+from optkit.passes.spell_out_zero_points import SpellOutZeroPoints
+from optkit.passes.widen_to_float32 import WidenToFloat32, legal_tolerance_db
 from optkit.targets.base import Dialect
 
 _DECOMPOSE: tuple[GraphEdit, ...] = (DecomposeLayerNorm(), DecomposeGelu())
+_SPELL_OUT: tuple[GraphEdit, ...] = (SpellOutKernels(), SpellOutZeroPoints())
 
 
 def legalize(model: OnnxModel, dialect: Dialect, context: Context) -> OnnxModel:
@@ -24,7 +26,7 @@ def legalize(model: OnnxModel, dialect: Dialect, context: Context) -> OnnxModel:
         PostconditionError: the numbers changed.
     """
     steps: list[GraphEdit] = [step for step in _DECOMPOSE if step.touches & dialect.lacks]
-    after = _edited(model, [*steps, SpellOutKernels()] if dialect.explicit_kernels else steps, context)
+    after = _edited(model, [*steps, *_SPELL_OUT] if dialect.explicit else steps, context)
     if not dialect.typed:
         widen = WidenToFloat32()
         widened = widen.run(after, context)
@@ -46,7 +48,7 @@ def _edited(model: OnnxModel, steps: list[GraphEdit], context: Context) -> OnnxM
     if not any(changed):
         return model
     found = drift(model, after, context)
-    if not is_same(found, tolerance_db(model.ir)):
+    if not is_same(found, legal_tolerance_db(model.ir)):
         names = ", ".join(step.use for step in applicable)
         raise PostconditionError(f"{names} changed the numbers: {found}; report it")
     return after

@@ -77,7 +77,7 @@ class Dialect:
             that the graph holds.
         builder_opset: the highest opset that the builder itself reads, if that is lower: the build lowers the graph.
         lacks: ops that the builder itself lacks: the build expresses them with others.
-        explicit_kernels: whether the builder needs ``kernel_shape`` on every convolution.
+        explicit: whether the builder needs kernel shapes and zero points written where ONNX has a default.
     """
 
     int8: Int8Policy | None
@@ -87,7 +87,7 @@ class Dialect:
     typed: bool = True
     builder_opset: int | None = None
     lacks: frozenset[str] = frozenset()
-    explicit_kernels: bool = False
+    explicit: bool = False
 
 
 @dataclass(frozen=True)

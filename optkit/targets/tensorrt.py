@@ -74,7 +74,7 @@ class TensorRtTarget(Target):
             typed=typed,
             builder_opset=None if typed else 17,
             lacks=_lacking(features),
-            explicit_kernels=not typed,
+            explicit=not typed,
         )
 
     def can_build(self) -> Availability:

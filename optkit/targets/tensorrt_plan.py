@@ -38,8 +38,8 @@ def version(module: str) -> str | None:
     return found
 
 
-def profile(signature: Signature) -> dict[str, list[list[int]]]:
-    """One optimization profile: every dynamic input's shape at the min, opt and max of its dimensions."""
+def profile(signature: Signature, every: bool = False) -> dict[str, list[list[int]]]:
+    """One optimization profile: the shape at the min, opt and max of its dimensions, of dynamic or ``every`` input."""
 
     def shape(dims: tuple[int | str, ...], bound: str) -> list[int]:
         return [dim if isinstance(dim, int) else _bound(signature.range(dim), bound) for dim in dims]
@@ -47,7 +47,7 @@ def profile(signature: Signature) -> dict[str, list[list[int]]]:
     return {
         spec.name: [shape(spec.shape, bound) for bound in ("min", "opt", "max")]
         for spec in signature.inputs
-        if any(isinstance(dim, str) for dim in spec.shape)
+        if every or any(isinstance(dim, str) for dim in spec.shape)
     }
 
 
@@ -65,10 +65,16 @@ def profiles(
             if dim not in signature.dynamic:
                 raise UsageError(f"`profiles` names the dimension {dim!r}: {did_you_mean(dim, signature.dynamic)}")
         dims = {**signature.dims, **{dim: DimRange(*limits) for dim, limits in sizes.items()}}
-        shapes = profile(replace(signature, dims=dims))
+        shapes = profile(replace(signature, dims=dims), every=_decides_shapes(signature))
         if shapes:
             made.append(shapes)
     return made
+
+
+def _decides_shapes(signature: Signature) -> bool:
+    """Whether the data decide the shape of an output; TensorRT 8 wants a profile then, if of fixed shapes."""
+    dims = {dim for spec in signature.outputs for dim in spec.shape if isinstance(dim, str)}
+    return not dims <= set(signature.dynamic)
 
 
 def _bound(limits: DimRange, bound: str) -> int:

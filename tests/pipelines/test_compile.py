@@ -119,7 +119,8 @@ def test_dynamic_dimensions_are_tuned_for_the_sizes_in_the_data(tmp_path):
     (tmp_path / "data.yaml").write_text(
         "name: rows\nsource: {kind: python, function: 'rows.py:rows'}\n"
         "splits: {calibration: {count: 12}, validation: {count: 20}}\n"
-        "inputs: {tokens: {column: tokens, transform: [{use: pad, axis: 0, size: longest, dim: time}]}}\nmetric: cosine\n"
+        "inputs: {tokens: {column: tokens, transform: [{use: pad, axis: 0, size: longest, dim: time}]}}\n"
+        "metric: cosine\n"
     )
     options = Recipe.load("fp32").updated(
         data=str(tmp_path / "data.yaml"), validation={**QUICK, "batch_size": 1}, threads=1, gate={"max_drop": 5.0}

@@ -75,10 +75,10 @@ def _float_outputs(folder: Path, samples: Samples, batch: int) -> dict[str, Arra
 
 
 def _accuracy(folder: Path, wanted: dict[str, Array], actual: dict[str, Array], samples: Samples) -> dict[str, Any]:
-    spec = DataSpec.load(json.loads((folder / "case.json").read_text())["spec"])
+    spec = Path(json.loads((folder / "case.json").read_text())["spec"])
     labels = folder / "evaluation/labels.npy"
     batch = Batch(samples.arrays, np.load(labels) if labels.exists() else None)
-    metric, rng = spec.metric, np.random.default_rng(0)
+    metric, rng = DataSpec.load(spec).metric.bound(spec.parent), np.random.default_rng(0)
     base, rows = (metric.records(outputs, batch, wanted) for outputs in (wanted, actual))
     drop = (
         paired_scores(base, rows, 0.95, rng)

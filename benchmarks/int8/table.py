@@ -56,7 +56,8 @@ def _section(name: str, peers: set[str], quick: bool) -> Iterator[str]:
 
 def _read(folder: Path, entrant: Entrant) -> dict[str, Any]:
     found: dict[str, Any] = {}
-    for kind in ("cost", "score"):
+    # The cost comes last: a score that failed has processor seconds of its own
+    for kind in ("score", "cost"):
         path = folder / f"{entrant.name}.{kind}.json"
         found |= json.loads(path.read_text()) if path.exists() else {}
     return found

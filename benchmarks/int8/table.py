@@ -68,7 +68,8 @@ def _row(entrant: Entrant, result: dict[str, Any]) -> str:
     name = f"**{name}**" if entrant.peer == "optkit" else name
     cost = f"{result.get('cpu_s', 0):.0f} | {result.get('peak_mb', 0):.0f}"
     if "error" in result or "score" not in result:
-        return f"| {name} | failed: {result.get('error', 'not scored yet')[:120]} | | | | | {cost} | |"
+        status = f"failed: {result['error'][:120]}" if "error" in result else "not scored yet"
+        return f"| {name} | {status} | | | | | {cost} | |"
     speedup = result["speedup"]
     # Adding 0 makes -0 a 0
     difference = [round(100 * value, 2) + 0 for value in result["difference"]]

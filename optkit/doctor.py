@@ -16,6 +16,8 @@ from optkit.targets import cuda
 from optkit.targets.base import Availability, Target
 from optkit.targets.cpu import this_cpu
 from optkit.targets.onnxruntime import OnnxRuntimeTarget
+from optkit.targets.onnxruntime_cuda import OnnxRuntimeCudaTarget
+from optkit.targets.tensorrt import TensorRtTarget
 from optkit.targets.tensorrt_rtx import TensorRtRtxTarget
 from optkit.targets.worker_client import probe, worker_python
 
@@ -63,6 +65,7 @@ def diagnose(folder: Path | None = None) -> list[Finding]:
         *((name, lambda name=name: _core(name)) for name in _CORE),
         *((name, lambda name=name: _optional(name)) for name in _OPTIONAL),
         ("onnxruntime", _onnxruntime),
+        ("onnxruntime on a GPU", _onnxruntime_cuda),
         ("TensorRT", _tensorrt),
         ("GPU", _gpu),
         ("processor", _processor),
@@ -115,10 +118,15 @@ def _onnxruntime() -> Iterator[Finding]:
         yield Finding("target onnxruntime: run", True, f"onnxruntime {ort.__version__}, providers: {providers}")
 
 
-def _tensorrt() -> Iterator[Finding]:
-    target = TensorRtRtxTarget()
+def _onnxruntime_cuda() -> Iterator[Finding]:
+    target = OnnxRuntimeCudaTarget()
     yield _target(target, "build", target.can_build())
-    yield _target(target, "run", target.can_run())
+
+
+def _tensorrt() -> Iterator[Finding]:
+    for target in (TensorRtTarget(), TensorRtRtxTarget()):
+        yield _target(target, "build", target.can_build())
+        yield _target(target, "run", target.can_run())
     try:
         found = probe()
     except OptkitError as error:

@@ -28,6 +28,7 @@ from optkit.models import Engine, Feeds, OnnxModel, Signature, TorchModel
 from optkit.numerics import compare
 from optkit.passes.build_engine import BuildEngine
 from optkit.passes.graph_edit import infer_types
+from optkit.passes.optimize_graph import OptimizeGraph
 from optkit.recipe import LatencySettings
 from optkit.targets import cuda
 from optkit.targets.base import Runner
@@ -64,7 +65,8 @@ class Bench:
             self.target, Path(tempfile.mkdtemp(dir=self.work)), random_data(signature), threads=self.threads
         )
         graphs = {
-            p: _with_batch(_load(self.work / f"{name}-{p}.onnx", signature), batch) for p in ("fp32", "fp16", "int8")
+            p: _with_batch(_load(self.work / f"{name}-{p}.onnx", signature), batch, context)
+            for p in ("fp32", "fp16", "int8")
         }
         engines = {p: self.build(f"{name} batch {batch} {p}", graphs[p], context) for p in ("fp16", "int8")}
         row: dict[str, Any] = {"model": name, "batch": batch, "failed": {}}
@@ -184,8 +186,8 @@ def _load(path: Path, signature: Signature) -> OnnxModel:
     return OnnxModel(ir.load(path), signature)
 
 
-def _with_batch(model: OnnxModel, batch: int) -> OnnxModel:
-    """The graph at one batch size, shapes inferred anew."""
+def _with_batch(model: OnnxModel, batch: int, context: Context) -> OnnxModel:
+    """The graph at one batch size: shapes inferred anew, and folded where they are known now."""
     import onnx_ir as ir
 
     for value in (*model.ir.graph.inputs, *model.ir.graph.outputs):
@@ -196,7 +198,7 @@ def _with_batch(model: OnnxModel, batch: int) -> OnnxModel:
             if not value.is_graph_output():
                 value.shape = None
     infer_types(model.ir)
-    return model
+    return OptimizeGraph().run(model, context)
 
 
 def _gpu() -> dict[str, Any]:

@@ -35,7 +35,7 @@ class WidenToFloat32(OnnxPass):
     def run(self, model: OnnxModel, context: Context) -> OnnxModel:
         """The widened model with the record."""
         after = model.clone()
-        # In place and in a clone, so that nodes keep the types that they are asked for
+        infer_types(after.ir)
         precisions = _precisions(after.ir)
         halves = bool({"FP16", "BF16"} & set(precisions))
         exact = [str(node.name) for node in after.ir.graph if halves and _computes_float32(node)]

@@ -133,6 +133,7 @@ class _Session:
         self._laid_out: Any = None
         self._filled: Any = None
         self._no_graph = ""
+        self._data_dependent: set[str] = set()
         self.settings: dict[str, Any] = {}
 
     def describe(self) -> dict[str, Any]:
@@ -281,10 +282,13 @@ class _Session:
         """The size of an output for the input shapes that are set, or None if the data decide it."""
         import numpy as np
 
+        shape = self._context.get_tensor_shape(name)
+        if any(dim < 0 for dim in shape):
+            self._data_dependent.add(name)
+        if name in self._data_dependent:  # after a run TensorRT 8 tells the shape of that run
+            return None
         count = 1
-        for dim in self._context.get_tensor_shape(name):
-            if dim < 0:
-                return None
+        for dim in shape:
             count *= dim
         return count * np.dtype(self._dtypes[name]).itemsize
 

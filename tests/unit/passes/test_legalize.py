@@ -1,0 +1,95 @@
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import pytest
+
+from optkit.errors import PassError
+from optkit.models import OnnxModel
+from optkit.numerics import compare
+from optkit.passes.legalize import legalize
+from optkit.passes.lower_opset import LowerOpset
+from optkit.targets.base import WEAK_TYPES, Dialect
+from optkit.targets.onnxruntime import open_onnx
+
+TENSORRT_8 = Dialect(
+    int8=None, typed=False, builder_opset=17, lacks=frozenset({"LayerNormalization", "Gelu"}), explicit=True
+)
+
+ENCODER = """
+g ({float}[N,6,8] x) => ({float}[N,8] y) <{float}[8] s = {{1,2,3,4,5,6,7,8}}, {float}[8] b = {{1,0,1,0,1,0,1,0}},
+  int64[1] axes = {{1}}> {{
+    [norm] n = LayerNormalization<axis=-1, epsilon=0.001>(x, s, b)
+    [gelu] a = Gelu<approximate="{approximate}">(n)
+    [mean] y = ReduceMean<keepdims=0>(a, axes)
+}}
+"""
+
+
+def ops(model: OnnxModel) -> list[str]:
+    return [node.op_type for node in model.ir.graph]
+
+
+def same(one: OnnxModel, other: OnnxModel) -> float:
+    feeds = one.signature.random_feeds(np.random.default_rng(0), N=3)
+    return compare(open_onnx(one).run(feeds), open_onnx(other).run(feeds)).sqnr_db
+
+
+@pytest.mark.parametrize("approximate", ["none", "tanh"])
+def test_expresses_everything_in_opset_17(onnx_model, context, approximate):
+    model = onnx_model(ENCODER.format(float="float", approximate=approximate))
+    before = onnx.printer.to_text(ir.to_proto(model.ir))
+    legal = legalize(model, TENSORRT_8, context)
+    assert not {"LayerNormalization", "Gelu"} & set(ops(legal))
+    assert legal.ir.opset_imports[""] == 17
+    onnx.checker.check_model(ir.to_proto(legal.ir), full_check=True)
+    assert same(model, legal) > 100
+    assert legal.records[WEAK_TYPES] == {"precisions": [], "float32": []}
+    assert onnx.printer.to_text(ir.to_proto(model.ir)) == before
+
+
+def test_leaves_a_graph_alone_that_the_builder_reads(onnx_model, context):
+    model = onnx_model(ENCODER.format(float="float", approximate="none"))
+    assert legalize(model, Dialect(int8=None), context) is model
+
+
+def test_says_what_a_typed_graph_held(onnx_model, context):
+    body = "{ h = Cast<to=10>(x) r = Relu(h) f = Cast<to=1>(r) [exact] e = Exp(f) c = Cast<to=10>(e) y = Abs(c) }"
+    model = onnx_model(f"g (float[N,4] x) => (float16[N,4] y) {body}")
+    legal = legalize(model, TENSORRT_8, context)
+    assert legal.records[WEAK_TYPES] == {"precisions": ["FP16"], "float32": ["exact"]}
+    assert ops(legal) == ["Relu", "Exp", "Abs", "Cast"]  # the output keeps its type
+    onnx.checker.check_model(ir.to_proto(legal.ir), full_check=True)
+    assert same(model, legal) > 50
+
+
+def test_keeps_an_fp16_input(onnx_model, context):
+    model = onnx_model("g (float16[N,4] x) => (float16[N,4] y) { y = Relu(x) }")
+    legal = legalize(model, TENSORRT_8, context)
+    assert ops(legal) == ["Cast", "Relu", "Cast"]
+    onnx.checker.check_model(ir.to_proto(legal.ir), full_check=True)
+    assert same(model, legal) > 50
+
+
+def test_spells_out_what_onnx_assumes(onnx_model, context):
+    text = """g (float[N,2,5,5] x, int8[4,2,3,3] w) => (float[N,4,3,3] y) <float s = {0.1}, float[4] t = {1, 1, 1, 1}> {
+        d = DequantizeLinear<axis=0>(w, t) y = Conv(x, d) }"""
+    model = onnx_model(text)
+    legal = legalize(model, replace(TENSORRT_8, typed=True), context)
+    dequantize, conv = legal.ir.graph
+    assert tuple(conv.attributes["kernel_shape"].value) == (3, 3)
+    assert dequantize.inputs[2].const_value.numpy().tolist() == [0, 0, 0, 0]
+    assert same(model, legal) > 100
+
+
+def test_names_what_the_older_opset_cannot_express(onnx_model, context):
+    model = onnx_model("g (float[4,4] x) => (float[4,4] y) { [bent] y = Mish(x) }")
+    with pytest.raises(PassError, match=r"node 'bent' \(Mish\) does not exist at opset 17"):
+        LowerOpset().run(model, context)
+    model = onnx_model(
+        'g (float[4] x, float[4] z, int64[2,1] i) => (float[4] y) { [top] y = ScatterND<reduction="max">(x, i, z) }'
+    )
+    assert LowerOpset(to=18).run(model, context).ir.opset_imports[""] == 18

@@ -1,0 +1,105 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from pydantic import ValidationError
+
+from optkit.errors import BuildError, UsageError
+from optkit.models import DimRange, Signature, TensorSpec
+from optkit.targets import engine_layers
+from optkit.targets.onnxruntime_cuda import OnnxRuntimeCudaTarget
+from optkit.targets.tensorrt import TensorRtTarget
+from optkit.targets.tensorrt_plan import profiles
+from optkit.targets.tensorrt_runner import as_numpy
+
+QDQ = """
+g (float[1,4] x, int8[4,4] w) => (float[1,4] y) <float s = {0.1}, int8 z = {0}> {
+    q = QuantizeLinear(x, s, z)
+    d = DequantizeLinear(q, s, z)
+    e = DequantizeLinear(w, s, z)
+    [product] m = MatMul(d, e)
+    [relu] y = Relu(m)
+}
+"""
+
+# As TensorRT 8.5.3 told of a layer of ResNet-50 on an H100, and as 11 words it
+LAYER_8 = {
+    "Name": "product + relu",
+    "LayerType": "CaskConvolution",
+    "Inputs": [{"Name": "x", "Format/Datatype": "Thirty-two wide channel vectorized row major Int8 format"}],
+    "Outputs": [{"Name": "y", "Format/Datatype": "Channel major FP16 format where channel % 8 == 0"}],
+    "Weights": {"Type": "Int8", "Count": 16},
+}
+LAYER_11 = {
+    "Name": "gemm_7",
+    "LayerType": "gemm",
+    "Inputs": [{"Name": "x", "Datatype": "Half", "Format": "Row major linear"}],
+    "Outputs": [],
+    "Metadata": "[ONNX Layer: product]\x1e[ONNX Layer: relu]",
+}
+REFORMAT = {"Name": "Reformatting CopyNode for Input Tensor 0 to product + relu", "LayerType": "Reformat", "Inputs": []}
+
+
+def test_reads_layers_of_either_wording(onnx_model):
+    layers = engine_layers.read_layers({"Layers": [LAYER_8, LAYER_11, REFORMAT]}, onnx_model(QDQ))
+    assert [layer.precision for layer in layers] == ["INT8", "FP16", ""]
+    assert [layer.nodes for layer in layers[:2]] == [("product", "relu")] * 2
+    assert [layer.reformats for layer in layers] == [False, False, True]
+
+
+def test_tells_islands(onnx_model):
+    model = onnx_model(QDQ)
+    told = engine_layers.summary(engine_layers.read_layers({"Layers": [LAYER_11, REFORMAT]}, model), model)
+    assert told["precisions"] == {"FP16": 1}
+    assert told["reformats"] == 1
+    assert told["islands"] == ["product"]
+
+
+def test_a_precision_that_is_missing_is_an_error(onnx_model):
+    model = onnx_model(QDQ)
+    engine_layers.prove(engine_layers.read_layers({"Layers": [LAYER_8]}, model), model, ["FP16", "INT8"])
+    with pytest.raises(
+        BuildError, match=r"INT8 was asked for, and no layer of the engine computes in it \(1 in FP16\)"
+    ):
+        engine_layers.prove(engine_layers.read_layers({"Layers": [LAYER_11]}, model), model, ["INT8"])
+    with pytest.raises(BuildError, match="tells nothing"):
+        engine_layers.prove([], model, ["FP16"])
+
+
+def test_profiles_come_from_the_dims_or_from_the_recipe():
+    spec = TensorSpec("x", "float32", ("N", 3))
+    signature = Signature((spec,), (TensorSpec("y", "float32", ("N",)),), {"N": DimRange(1, 4, 8)})
+    assert profiles(signature) == [{"x": [[1, 3], [4, 3], [8, 3]]}]
+    assert profiles(signature, [{"N": (1, 1, 1)}, {"N": (2, 16, 32)}]) == [
+        {"x": [[1, 3], [1, 3], [1, 3]]},
+        {"x": [[2, 3], [16, 3], [32, 3]]},
+    ]
+    with pytest.raises(UsageError, match="`profiles` names the dimension 'M': known: N"):
+        profiles(signature, [{"M": (1, 1, 1)}])
+
+
+def test_a_shape_that_the_data_decide_needs_a_profile():
+    found = TensorSpec("y", "int64", (1, "found"))
+    assert profiles(Signature((TensorSpec("x", "float32", (4,)),), (found,))) == [{"x": [[4], [4], [4]]}]
+    assert profiles(Signature((TensorSpec("x", "float32", (4,)),), ())) == []
+
+
+def test_refuses_options_that_do_not_exist():
+    with pytest.raises(ValidationError, match="less than or equal to 5"):
+        TensorRtTarget(optimization_level=9)
+    with pytest.raises(ValidationError, match="Extra inputs"):
+        TensorRtTarget(precision="fp16")
+
+
+@pytest.mark.parametrize("target", [TensorRtTarget(), OnnxRuntimeCudaTarget()], ids=lambda target: target.name)
+def test_says_what_is_missing_where_it_cannot_run(target):
+    availability = target.can_run()
+    assert availability.ok or (availability.reason and availability.mend)
+
+
+def test_takes_what_numpy_can_view():
+    torch = pytest.importorskip("torch")
+    np.testing.assert_array_equal(as_numpy(torch.arange(3)), [0, 1, 2])
+    assert as_numpy([1.0, 2.0]).shape == (2,)
+    with pytest.raises(UsageError, match="a object is no array"):
+        as_numpy(object())

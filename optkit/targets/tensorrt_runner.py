@@ -13,7 +13,9 @@ from optkit.targets import cuda
 from optkit.targets.base import Environment, check_feeds
 from optkit.targets.worker_client import Worker
 
-_CANNOT_LOAD = "build it again on this machine from the model.onnx beside it (optkit verify --rebuild)"
+_CANNOT_LOAD = (
+    "build it again on this machine: optkit compile with the model.onnx beside it and a recipe that only builds"
+)
 
 
 class TensorRtRunner:

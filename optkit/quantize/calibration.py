@@ -26,6 +26,7 @@ log = logging.getLogger("optkit.quantize")
 
 Method: TypeAlias = RangeMethod | Literal["auto"]
 
+_AS_GOOD_DB = 0.5
 _EVERY = 8
 _MOST_HELD_OUT = 32
 
@@ -43,13 +44,13 @@ class Calibration(Strict):
     """How many samples are run at a time at most; fewer where their tensors would take more than 256 MiB."""
 
     def candidates(self) -> tuple[tuple[RangeMethod, float], ...]:
-        """The methods to choose from, with their percentiles."""
+        """The methods to choose from, with their percentiles; as a rule each clips more than the one before it."""
         if self.method != "auto":
             return ((self.method, self.percentile),)
         return (
-            ("mse", self.percentile),
             ("max", self.percentile),
             ("percentile", 99.999),
+            ("mse", self.percentile),
             ("percentile", 99.99),
             ("entropy", self.percentile),
         )
@@ -119,10 +120,14 @@ def choose(
     held_out: Sequence[Batch],
     threads: int,
 ) -> tuple[Quantization, dict[str, float]]:
-    """The quantization by the method that is asked for, or by the one whose outputs are nearest to the float model's.
+    """The quantization by the method that is asked for, or by one whose outputs are near to the float model's.
+
+    Of the methods within half a decibel of the best, the one that clips least is taken: held-out samples come from
+    where the observed ones come from, and what is clipped on neither may well appear in use.
 
     Returns:
-        the quantization, and the SQNR of each method in dB, the best first; empty if there was nothing to choose.
+        the quantization, and the SQNR of each method in dB, the chosen one first and then the best; empty if there was
+        nothing to choose.
     """
 
     def quantization(method: RangeMethod, percentile: float) -> Quantization:
@@ -140,5 +145,7 @@ def choose(
         found[name] = quantization(method, percentile)
         errors[name] = judge.error(write(model, found[name]))
         log.debug("calibration by %s: %.2f dB", name, decibels(errors[name]))
-    best = min(errors, key=errors.__getitem__)
-    return found[best], ranking(errors)
+    by_sqnr = ranking(errors)
+    best = max(by_sqnr.values())
+    chosen = next(name for name in found if by_sqnr[name] >= best - _AS_GOOD_DB)
+    return found[chosen], {chosen: by_sqnr[chosen], **by_sqnr}

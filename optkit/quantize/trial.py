@@ -12,6 +12,9 @@ log = logging.getLogger("optkit.quantize")
 
 T = TypeVar("T")
 
+LEAST_GAIN_DB = 0.1
+"""What gains less on held-out samples is not worth the operators that it may add."""
+
 
 @dataclass(frozen=True)
 class Trial:
@@ -24,14 +27,14 @@ class Trial:
 
 
 def keep_better(algorithm: str, before: tuple[T, float], after: tuple[T, float]) -> tuple[T, float, Trial]:
-    """The one of two candidates with the smaller error, that error, and what to record.
+    """The second of two candidates if its error is clearly smaller, else the first; that error, and what to record.
 
     Args:
         algorithm: what was tried.
         before: what was there, with its noise to signal ratio.
         after: what the algorithm made of it, with its own.
     """
-    kept = after[1] < before[1]
+    kept = after[1] < before[1] and decibels(after[1]) >= decibels(before[1]) + LEAST_GAIN_DB
     trial = Trial(algorithm, kept, round(decibels(before[1]), 2), round(decibels(after[1]), 2))
     log.info(
         "%s: %.2f dB before, %.2f dB after: %s",

@@ -18,3 +18,8 @@ def test_only_a_smaller_error_is_kept(error, kept, caplog):
 
 def test_a_broken_candidate_never_wins_even_over_a_broken_one():
     assert keep_better("x", (1, math.inf), (2, math.inf))[2] == Trial("x", False, -math.inf, -math.inf)
+
+
+def test_a_gain_within_the_noise_is_not_worth_its_operators():
+    kept, error, trial = keep_better("smooth", ("before", 0.0400), ("after", 0.0399))
+    assert (kept, error, trial.kept) == ("before", 0.0400, False)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import itertools
 import logging
 import os
 import re
@@ -217,10 +218,24 @@ def _match_signature(model: ir.Model, signature: Signature) -> None:
                 f"the model has {len(specs)} {what} by its signature, the exported graph has {len(values)} ({names}): "
                 "an input that the model does not use must leave the signature"
             )
+    _clear_names(model, {spec.name for spec in (*signature.inputs, *signature.outputs)})
+    for values, specs in ((model.graph.inputs, signature.inputs), (model.graph.outputs, signature.outputs)):
         for value, spec in zip(values, specs, strict=True):
             _check_dims(value, spec)
             value.name = spec.name
             value.shape = ir.Shape(spec.shape)
+
+
+def _clear_names(model: ir.Model, reserved: set[str]) -> None:
+    """Rename what is inside the graph and bears a name of the boundary: exporters name values after modules."""
+    graph = model.graph
+    inner = [*graph.initializers.values(), *(value for node in graph.all_nodes() for value in node.outputs)]
+    taken = reserved | {value.name for value in inner if value.name}
+    for value in inner:
+        if value.name not in reserved or value.is_graph_input() or value in graph.outputs:
+            continue
+        value.name = next(name for i in itertools.count(1) if (name := f"{value.name}_{i}") not in taken)
+        taken.add(value.name)
 
 
 def _check_dims(value: ir.Value, spec: TensorSpec) -> None:

@@ -262,7 +262,9 @@ def _open_model(model: OnnxModel, options: Any) -> tuple[Any, list[Any]]:
     held: list[Any] = []
     for name, value in graph_only.graph.initializers.items():
         tensor = value.const_value
-        if tensor is None or value.is_graph_input() or not _is_shareable(tensor):
+        # ONNX Runtime drops a weight that no node uses before it looks for those that it borrows
+        unused = not value.uses()
+        if tensor is None or unused or value.is_graph_input() or not _is_shareable(tensor):
             continue
         array = np.ascontiguousarray(tensor.numpy())
         held.append(ort.OrtValue.ortvalue_from_numpy_with_onnx_type(array, int(tensor.dtype)))

@@ -116,6 +116,18 @@ def test_names_dimensions_and_weights_arrive(export: Any, capfd: Any, caplog: An
     assert all(torch.equal(value, before[name]) for name, value in module.state_dict().items())
 
 
+@pytest.mark.parametrize("name", ["linear", "linear.weight", "val_0"])
+def test_an_output_may_be_named_like_an_inner_value(export: Any, name: str) -> None:
+    class Inner(Affine):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(x).softmax(-1) @ self.linear.weight
+
+    model = export(Inner(), replace(ROWS, outputs=(TensorSpec(name, "float32", ("batch", 6)),)))
+    names = [value.name for node in model.ir.graph for value in node.outputs] + list(model.ir.graph.initializers)
+    assert names.count(name) == 1
+    onnx.checker.check_model(ir.to_proto(model.ir), full_check=True)
+
+
 def test_inputs_of_one_shape_are_not_wired_together(export: Any) -> None:
     shape = ("batch", 4)
     names = ("x", "h", "c"), ("first", "second")

@@ -105,6 +105,12 @@ def test_shares_weights_of_every_type(onnx_model, rng):
     np.testing.assert_array_equal(y, weights.T.astype(np.float32))
 
 
+def test_takes_a_weight_that_no_node_uses(onnx_model, rng):
+    text = "g (float[2] x, float[64,64] w) => (float[2] y) { y = Neg(x) }"
+    model = fill(onnx_model(text), {"w": rng.standard_normal((64, 64), dtype=np.float32)})
+    np.testing.assert_array_equal(open_onnx(model).run({"x": np.ones(2, np.float32)})["y"], [-1, -1])
+
+
 def test_fuses_int8_and_keeps_it_exact_on_request(qdq, tmp_path, context, rng):
     feeds = {"x": rng.uniform(-2.5, 2.5, (2, 3, 8, 8)).astype(np.float32)}
     plain = open_onnx(qdq, optimize=False).run(feeds)["y"]

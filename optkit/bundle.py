@@ -32,6 +32,7 @@ from optkit.errors import OptkitError, OutputError, UnavailableError, UsageError
 from optkit.models import Engine, Feeds, OnnxModel, Signature
 from optkit.recipe import Recipe
 from optkit.report.text import render
+from optkit.targets.cpu import this_cpu
 
 if TYPE_CHECKING:
     from optkit.data import Data
@@ -164,7 +165,7 @@ def write(
         "threads": threads,
         "records": records,
         "versions": {**_versions(), **recipe.target.versions()},
-        "machine": {"platform": platform.platform(), "processor": _processor()},
+        "machine": {"platform": platform.platform(), "processor": this_cpu().name},
         "files": {file.name: _digest(file) for file in sorted(folder.iterdir())},
     }
     _write_json(folder / "manifest.json", manifest)
@@ -319,15 +320,6 @@ def _versions() -> dict[str, str]:
         except PackageNotFoundError:
             continue
     return found
-
-
-def _processor() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        for line in cpuinfo.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor()
 
 
 def _write_json(path: Path, document: Any) -> None:

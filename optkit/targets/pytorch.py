@@ -12,6 +12,7 @@ import numpy as np
 from optkit.errors import CheckpointError
 from optkit.models import Feeds, TorchModel
 from optkit.targets.base import Environment, check_feeds
+from optkit.targets.cpu import this_cpu
 
 if TYPE_CHECKING:
     import torch
@@ -75,7 +76,7 @@ def open_torch(model: TorchModel, threads: int = 1) -> TorchRunner:
     """Run a PyTorch model eagerly on the CPU with ``threads`` intra-op threads."""
     import torch
 
-    return TorchRunner(model, Environment("CPU", f"torch {torch.__version__}", {"threads": threads}), threads)
+    return TorchRunner(model, Environment(this_cpu().name, f"torch {torch.__version__}", {"threads": threads}), threads)
 
 
 @contextmanager

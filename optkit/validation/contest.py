@@ -67,6 +67,12 @@ class Contest:
         return self.entrants if self.why_not is None else self.baselines
 
     @property
+    def same_device(self) -> bool:
+        """Whether the candidate ran where the rival ran; otherwise a ratio of latencies compares two machines."""
+        (rival,) = (entrant for entrant in self.entrants if entrant.name == self.rival)
+        return rival.runner.environment.device == self.candidate.runner.environment.device
+
+    @property
     def signature(self) -> Signature:
         """What fits everyone: the boundary with the fewest dynamic dimensions, and of those the narrowest batch."""
         return min((entrant.runner.signature for entrant in self.entrants), key=_freedom)

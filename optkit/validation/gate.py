@@ -78,6 +78,11 @@ def judge_speed(contest: Contest, latency: Latency, wanted: float, confidence: f
             "inconclusive",
             (f"The engine did not run here, so whether it is {wanted:g} times faster cannot be judged.",),
         )
+    if not contest.same_device:
+        return Verdict(
+            "inconclusive",
+            (f"{contest.rival} ran on another device, so that it is {wanted:g} times faster is not judged.",),
+        )
     speedup = latency.speedups[contest.rival]
     facts = (
         f"{contest.candidate.name} is {speedup.estimate:.2f} times as fast as {contest.rival}, with "

@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 
 from optkit.recipe import Gate
+from optkit.targets.base import Environment
 from optkit.validation.accuracy import Accuracy
 from optkit.validation.gate import Verdict, judge, judge_accuracy, judge_speed, worst
 from optkit.validation.latency import Latency
@@ -87,3 +88,10 @@ def test_the_worst_answer_wins_and_every_reason_stays():
     assert worst([passed, unsure]).status == "inconclusive"
     assert worst([unsure, missed, passed]) == Verdict("missed", ("inconclusive", "missed", "passed"))
     assert worst([passed, passed]).status == "passed"
+
+
+def test_a_speedup_over_another_device_is_not_judged():
+    contest = contest_of(np.copy)
+    contest.candidate.runner.environment = Environment("NVIDIA H100", "TensorRT")
+    verdict = judge_speed(contest, _latency(4.0, 3.9, 4.1), 1.0, 0.95)
+    assert verdict.status == "inconclusive" and "another device" in verdict.reasons[0]

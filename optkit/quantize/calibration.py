@@ -110,6 +110,15 @@ def scales(
     return chosen | {name: chosen[source] for name, source in placement.same_scale.items()}
 
 
+def least_clipping(methods: Sequence[tuple[str, float]]) -> str:
+    """Of the methods within half a decibel of the best, the first; ``methods`` are in the order of how much they clip.
+
+    Held-out samples come from where the observed ones come from, and what is clipped on neither may well appear in use.
+    """
+    best = max(sqnr for _, sqnr in methods)
+    return next(name for name, sqnr in methods if sqnr >= best - _AS_GOOD_DB)
+
+
 def choose(
     model: OnnxModel,
     placement: Placement,
@@ -121,9 +130,6 @@ def choose(
     threads: int,
 ) -> tuple[Quantization, dict[str, float]]:
     """The quantization by the method that is asked for, or by one whose outputs are near to the float model's.
-
-    Of the methods within half a decibel of the best, the one that clips least is taken: held-out samples come from
-    where the observed ones come from, and what is clipped on neither may well appear in use.
 
     Returns:
         the quantization, and the SQNR of each method in dB, the chosen one first and then the best; empty if there was
@@ -146,6 +152,5 @@ def choose(
         errors[name] = judge.error(write(model, found[name]))
         log.debug("calibration by %s: %.2f dB", name, decibels(errors[name]))
     by_sqnr = ranking(errors)
-    best = max(by_sqnr.values())
-    chosen = next(name for name in found if by_sqnr[name] >= best - _AS_GOOD_DB)
+    chosen = least_clipping([(name, by_sqnr[name]) for name in found])
     return found[chosen], {chosen: by_sqnr[chosen], **by_sqnr}

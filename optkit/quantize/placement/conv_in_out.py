@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from optkit.quantize.placement.draft import Draft
-from optkit.quantize.placement.graph import after_activation, weight_axis, weight_problem
+from optkit.quantize.placement.graph import after_activation
+from optkit.quantize.placement.read_int8 import read_int8
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -15,11 +16,6 @@ def conv_in_out(node: ir.Node, draft: Draft) -> bool:
     """``Conv`` reads and writes INT8, for only then does QLinearConv form; a Relu or Clip after it is absorbed."""
     if node.op_type != "Conv":
         return False
-    problem = weight_problem(node)
-    if problem is not None:
-        draft.keep_float(node, problem)
-        return True
-    draft.quantize_input(node, 0)
-    draft.quantize_weight(node, weight_axis(node))
-    draft.quantize_output(after_activation(node.outputs[0]))
+    if read_int8(node, draft):
+        draft.quantize_output(after_activation(node.outputs[0]))
     return True

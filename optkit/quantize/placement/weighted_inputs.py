@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from optkit.quantize.placement.draft import WEIGHTED, Draft
-from optkit.quantize.placement.graph import weight_axis, weight_problem
+from optkit.quantize.placement.read_int8 import read_int8
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -15,10 +15,5 @@ def weighted_inputs(node: ir.Node, draft: Draft) -> bool:
     """Convolutions and products with a constant read INT8 and write float; the next one's Q is the epilogue."""
     if node.op_type not in WEIGHTED:
         return False
-    problem = weight_problem(node)
-    if problem is not None:
-        draft.keep_float(node, problem)
-        return True
-    draft.quantize_input(node, 0)
-    draft.quantize_weight(node, weight_axis(node))
+    read_int8(node, draft)
     return True

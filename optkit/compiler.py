@@ -27,7 +27,7 @@ from optkit.pipeline import run_passes
 from optkit.quantize.linter import Finding, is_quantized
 from optkit.quantize.linter import lint as judge_pairs
 from optkit.quantize.placement import name_nodes
-from optkit.quantize.sensitivity import Sensitivity
+from optkit.quantize.sensitivity import JUDGED, Sensitivity
 from optkit.quantize.sensitivity import sensitivity as rank_layers
 from optkit.recipe import Recipe
 from optkit.source import load_model, recognise
@@ -159,8 +159,8 @@ def sensitivity(
 ) -> Sensitivity:
     """Rank the layers that a recipe's ``quantize_int8`` would put into INT8 by the error that each adds.
 
-    The passes before it run first, so the names are those that its ``exclude`` takes. Its own accuracy algorithms
-    (smoothing, bias correction) do not run: the ranking is that of plain calibration.
+    The passes before it run first, so the names are those that its ``exclude`` takes. Of its accuracy algorithms only
+    smoothing runs: rounding and bias correction depend on what is in INT8.
 
     Args:
         model: whatever ``compile`` takes.
@@ -179,7 +179,9 @@ def sensitivity(
         raise UsageError("there is no model: name a checkpoint, or set model.checkpoint in the recipe")
     before, step = recipe.passes[:index], recipe.passes[index]
     assert isinstance(step, QuantizeInt8)  # that is what index was looked for by
-    settings = step.calibrate if samples is None else step.calibrate.model_copy(update={"samples": samples})
+    fewer = {} if samples is None else {"samples": samples}
+    settings = {"batch_size": min(step.calibrate.batch_size, JUDGED), **fewer}
+    step = step.model_copy(update={"calibrate": step.calibrate.model_copy(update=settings)})
     with tempfile.TemporaryDirectory() as scratch, cpu_threads(recipe.threads) as threads:
         data = open_data(recipe.data, recipe.seed) if recipe.data else None
         loaded = load_model(model or recipe.model.checkpoint or "", recipe, data.inputs if data else ()).model
@@ -189,9 +191,7 @@ def sensitivity(
         floats = start if ready else run_passes(before, start, context)[-1].model
         assert isinstance(floats, OnnxModel)  # recipes are refused whose quantize_int8 gets anything else
         step.requires(floats, context)
-        policy = recipe.target.dialect.int8
-        assert policy is not None  # step.requires refuses targets without INT8
-        return rank_layers(floats, policy, context, settings, step.weights, step.exclude)
+        return rank_layers(step.calibrated(floats, context), context, step.exclude)
 
 
 def lint(path: str | Path, target: AnyTarget) -> tuple[Finding, ...]:

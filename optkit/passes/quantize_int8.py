@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import itertools
 import logging
-import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -16,6 +15,7 @@ from optkit.errors import DataError, PostconditionError, PreconditionError
 from optkit.models import OnnxModel
 from optkit.passes.base import OnnxPass
 from optkit.quantize.bias_correction import correct_biases
+from optkit.quantize.calibrated import Calibrated
 from optkit.quantize.calibration import Calibration, Split, choose, scales
 from optkit.quantize.linter import lint
 from optkit.quantize.measure import Judge, outputs_of
@@ -23,13 +23,14 @@ from optkit.quantize.observers import observe
 from optkit.quantize.placement import Placement, name_nodes, place
 from optkit.quantize.qdq import Quantization, quantize_weights, write
 from optkit.quantize.rounding import round_weights
+from optkit.quantize.samples import batch_size, calibration_batches
 from optkit.quantize.scales import WeightMethod
 from optkit.quantize.smooth_quant import smooth
 from optkit.quantize.trial import Trial, keep_better
 from optkit.targets.base import Int8Policy
 
 if TYPE_CHECKING:
-    from optkit.data import Batch, Data
+    from optkit.data import Data
 
 log = logging.getLogger("optkit.quantize")
 
@@ -39,9 +40,6 @@ _QUANTIZED_OPS = frozenset(
 
 _PROMISES = frozenset({"W8", "W9"})
 """Linter rules that mean that a node which was to be INT8 runs in float."""
-
-_PROBE_BYTES = 1 << 28
-"""What the observed tensors of a batch may take together."""
 
 
 class QuantizeInt8(OnnxPass):
@@ -76,7 +74,16 @@ class QuantizeInt8(OnnxPass):
             raise PreconditionError(f"the model has opset {opset}, scales per channel need 13: export it again")
 
     def run(self, model: OnnxModel, context: Context) -> OnnxModel:
-        """Place, calibrate in one pass over the samples, choose the scales, and write the Q/DQ pairs."""
+        """Calibrate, and write the Q/DQ pairs."""
+        return self.written(self.calibrated(model, context), context)
+
+    def calibrated(self, model: OnnxModel, context: Context) -> Calibrated:
+        """Place, smooth, observe in one pass over the samples, and choose the scales.
+
+        Raises:
+            PreconditionError: nothing of the model can be quantized for the target.
+            DataError: the calibration split is empty or does not fit the model.
+        """
         policy, data = _policy(context), _calibration_data(context)
         named = model.clone()
         name_nodes(named)
@@ -85,34 +92,39 @@ class QuantizeInt8(OnnxPass):
             reasons = "; ".join(f"{node}: {why}" for node, why in list(placement.kept_float.items())[:5])
             raise PreconditionError(f"nothing to quantize ({reasons or 'the model has no convolution or product'})")
         samples = Split(holds_out=self.calibrate.method == "auto" or self._improves)
-        size = _batch_size(named, placement, self.calibrate.batch_size)
-        stream = samples.observe(_batches(named, data, size, self.calibrate.samples))
+        size = batch_size(named, placement, self.calibrate.batch_size)
+        stream = samples.observe(calibration_batches(named, data, size, self.calibrate.samples))
         ahead = samples.read_ahead(stream)
         named, trials = self._smoothed(named, placement, policy, samples, size, context)
         placement = place(named, policy, self.exclude) if trials else placement
         batches = context.progress(itertools.chain(ahead, stream), "calibrating")
         statistics = observe(named, placement.observed, batches, context.threads)
         # Too few batches to hold one out: what was observed has to do
-        held_out = samples.held_out or list(_batches(named, data, size, size))
+        held_out = samples.held_out or list(calibration_batches(named, data, size, size))
         quantization, ranking = choose(
             named, placement, statistics, policy, self.calibrate, self.weights, held_out, context.threads
         )
+        return Calibrated(named, policy, quantization, samples.observed, samples.first, held_out, ranking, trials)
+
+    def written(self, calibrated: Calibrated, context: Context) -> OnnxModel:
+        """Run the accuracy algorithms on what calibration found, and write the Q/DQ pairs."""
+        placement = calibrated.quantization.placement
         _log_placement(placement)
-        quantized, quantization, more = self._improved(named, quantization, policy, samples, held_out, context)
+        quantized, quantization, trials = self._improved(calibrated, context)
         ranges = {
-            "data": data.fingerprint("calibration"),
-            "samples": samples.observed,
+            "data": _calibration_data(context).fingerprint("calibration"),
+            "samples": calibrated.samples,
             "tensors": _ranges(quantization),
         }
         return quantized.with_record("ranges", ranges).with_record(
             "quantization",
             {
-                "policy": asdict(policy),
-                "method": next(iter(ranking), self.calibrate.method),
-                "sqnr_by_method": ranking,
+                "policy": asdict(calibrated.policy),
+                "method": next(iter(calibrated.ranking), self.calibrate.method),
+                "sqnr_by_method": dict(calibrated.ranking),
                 "int8": list(placement.int8),
                 "float": dict(placement.kept_float),
-                "algorithms": [asdict(trial) for trial in trials + more],
+                "algorithms": [asdict(trial) for trial in calibrated.trials + trials],
             },
         )
 
@@ -121,7 +133,7 @@ class QuantizeInt8(OnnxPass):
     ) -> tuple[OnnxModel, tuple[Trial, ...]]:
         if not self.smooth or not samples.held_out:
             return model, ()
-        again = _batches(model, _calibration_data(context), size, self.calibrate.samples)
+        again = calibration_batches(model, _calibration_data(context), size, self.calibrate.samples)
         smoothed = smooth(model, placement, policy, Split(holds_out=True).observe(again), context.threads)
         if smoothed is model:
             return model, ()
@@ -141,24 +153,17 @@ class QuantizeInt8(OnnxPass):
     def _improves(self) -> bool:
         return self.smooth or self.correct_bias or self.round != "nearest"
 
-    def _improved(
-        self,
-        model: OnnxModel,
-        quantization: Quantization,
-        policy: Int8Policy,
-        samples: Split,
-        held_out: Sequence[Batch],
-        context: Context,
-    ) -> tuple[OnnxModel, Quantization, tuple[Trial, ...]]:
-        best = quantization, write(model, quantization)
+    def _improved(self, calibrated: Calibrated, context: Context) -> tuple[OnnxModel, Quantization, tuple[Trial, ...]]:
+        model, policy, first = calibrated.model, calibrated.policy, calibrated.first
+        best = calibrated.quantization, write(model, calibrated.quantization)
         steps: dict[str, Callable[[Quantization], Quantization]] = {}
         if self.round == "gptq":
-            steps["round"] = lambda q: round_weights(model, q, samples.first, context.seed, context.threads)
+            steps["round"] = lambda q: round_weights(model, q, first, context.seed, context.threads)
         if self.correct_bias:
-            steps["correct_bias"] = lambda q: correct_biases(model, q, policy, samples.first, context.threads)
+            steps["correct_bias"] = lambda q: correct_biases(model, q, policy, first, context.threads)
         if not steps:
-            return best[1], quantization, ()
-        judge = Judge(model, held_out, policy, context.threads)
+            return best[1], best[0], ()
+        judge = Judge(model, calibrated.held_out, policy, context.threads)
         error, trials = judge.error(best[1]), []
         for name, step in steps.items():
             improved = step(best[0])
@@ -177,7 +182,7 @@ class QuantizeInt8(OnnxPass):
         ]
         if broken:
             raise PostconditionError("the linter objects to what was written: " + "; ".join(map(str, broken[:5])))
-        batches = list(_batches(after, _calibration_data(context), size=1, limit=4))
+        batches = list(calibration_batches(after, _calibration_data(context), size=1, limit=4))
         for name, array in outputs_of(after, batches, context.threads)[0].items():
             if not np.isfinite(array).all():
                 raise PostconditionError(f"output {name!r} of the quantized model is not finite: is the float one's?")
@@ -202,32 +207,6 @@ def _calibration_data(context: Context) -> Data:
             "give each a split of its own in the data spec"
         )
     return context.data
-
-
-def _batches(model: OnnxModel, data: Data, size: int, limit: int) -> Iterator[Batch]:
-    """Calibration batches of a size that the model takes."""
-    fixed = None if model.signature.batch else _fixed_batch(model)
-    batches = data.batches("calibration", fixed or size, max(limit, fixed or 1))
-    # A model with a fixed batch cannot take the rest that does not fill one
-    return (batch for batch in batches if fixed is None or len(batch) == fixed)
-
-
-def _fixed_batch(model: OnnxModel) -> int | None:
-    shape = model.signature.inputs[0].shape if model.signature.inputs else ()
-    return shape[0] if shape and isinstance(shape[0], int) else None
-
-
-def _batch_size(model: OnnxModel, placement: Placement, most: int) -> int:
-    """How many samples at a time keep the observed tensors within the budget; shapes that nobody knows do not count."""
-    sizes = model.signature.sizes(**{model.signature.batch: 1}) if model.signature.batch else {}
-    total = 0
-    for node in model.ir.graph:
-        for value in node.outputs:
-            if value.name in placement.observed and value.shape is not None:
-                total += 4 * math.prod(
-                    dim if isinstance(dim, int) else sizes.get(str(dim.value), 1) for dim in value.shape
-                )
-    return max(1, min(most, _PROBE_BYTES // max(total, 1)))
 
 
 def _ranges(quantization: Quantization) -> dict[str, Any]:

@@ -12,11 +12,30 @@ from optkit.quantize.calibration import Calibration
 from optkit.quantize.measure import decibels, noise_to_signal, outputs_of
 from optkit.quantize.placement import name_nodes, place
 from optkit.quantize.sensitivity import JUDGED, sensitivity
-from optkit.targets.base import ORT_CPU, TENSORRT
+from optkit.targets.base import ORT_CPU, TENSORRT, Dialect
+from optkit.targets.onnxruntime import OnnxRuntimeTarget
 
 QUICK = Calibration(method="max", batch_size=16)
 POLICIES = pytest.mark.parametrize("policy", [ORT_CPU, TENSORRT], ids=["onnxruntime", "tensorrt"])
 RNG = np.random.default_rng(3)
+
+
+class Wants(OnnxRuntimeTarget):
+    """ONNX Runtime with any policy."""
+
+    policy: object
+
+    @property
+    def dialect(self):
+        return Dialect(int8=self.policy)
+
+
+def rank(model, policy, context, exclude=()):
+    """The ranking of plain calibration."""
+    step = QuantizeInt8(calibrate=QUICK, smooth=False, exclude=tuple(exclude))
+    context = replace(context, target=Wants(policy=policy))
+    step.requires(model, context)
+    return sensitivity(step.calibrated(model, context), context, exclude)
 
 
 def weight(rows, columns):
@@ -46,7 +65,7 @@ def chain(net, array_data):
 @POLICIES
 def test_the_layer_that_int8_ruins_comes_first(chain, context, policy):
     model, data = chain
-    ranking = sensitivity(model, policy, replace(context, data=data), QUICK)
+    ranking = rank(model, policy, replace(context, data=data))
     first, second, *_ = ranking.nodes
     assert first.name == model.ir.graph[2].name
     assert first.gain_db > 6 > second.gain_db
@@ -57,7 +76,7 @@ def test_the_layer_that_int8_ruins_comes_first(chain, context, policy):
 @POLICIES
 def test_every_layer_of_a_network_is_ranked_and_the_network_left_alone(residual, images, context, policy):
     before = ir.to_proto(residual.ir).SerializeToString()
-    ranking = sensitivity(residual, policy, replace(context, data=images), QUICK)
+    ranking = rank(residual, policy, replace(context, data=images))
     assert ir.to_proto(residual.ir).SerializeToString() == before
     named = residual.clone()
     name_nodes(named)
@@ -79,7 +98,7 @@ def test_to_exclude_a_layer_only_takes_away(residual, policy):
 
 
 def test_macs_are_those_of_one_sample(residual, images, context):
-    ranking = sensitivity(residual, ORT_CPU, replace(context, data=images), QUICK)
+    ranking = rank(residual, ORT_CPU, replace(context, data=images))
     macs = {node.name: (node.op, node.macs) for node in ranking.nodes}
     assert macs["Conv_0"] == ("Conv", 16 * 16 * 16 * 3 * 3 * 3)
     assert macs["Conv_7"] == ("Conv", 32 * 8 * 8 * 16 * 3 * 3)
@@ -89,7 +108,7 @@ def test_macs_are_those_of_one_sample(residual, images, context):
 def test_without_its_only_int8_layer_a_model_is_exact(net, array_data, context):
     model = net("g (float[batch,32] x) => (float[batch,32] y) { a = MatMul(x, w)  y = Tanh(a) }", w=weight(32, 32))
     data = array_data({"x": np.random.default_rng(0).standard_normal((40, 32)).astype("f")})
-    ranking = sensitivity(model, ORT_CPU, replace(context, data=data), QUICK)
+    ranking = rank(model, ORT_CPU, replace(context, data=data))
     assert [node.sqnr_db_without for node in ranking.nodes] == [200.0]
     assert ranking.sqnr_db < 60
 
@@ -99,16 +118,16 @@ def test_the_judges_are_held_out_of_the_calibration(chain, context):
     model, data = chain
     batches = list(data.batches("calibration", 16))
     batches[1].feeds["x"][:] *= 50  # a view: the second batch, which is the one held out
-    outliers = sensitivity(model, ORT_CPU, replace(context, data=data), QUICK)
+    outliers = rank(model, ORT_CPU, replace(context, data=data))
     batches[1].feeds["x"][:] /= 50
-    assert outliers.sqnr_db < sensitivity(model, ORT_CPU, replace(context, data=data), QUICK).sqnr_db - 3
+    assert outliers.sqnr_db < rank(model, ORT_CPU, replace(context, data=data)).sqnr_db - 3
 
 
 @pytest.mark.parametrize("count", [1, 5, 17])
 def test_few_samples_do_both(chain, context, array_data, count):
     model, _ = chain
     data = array_data({"x": np.random.default_rng(4).standard_normal((count, 32)).astype("f")})
-    ranking = sensitivity(model, ORT_CPU, replace(context, data=data), QUICK)
+    ranking = rank(model, ORT_CPU, replace(context, data=data))
     assert ranking.samples == (1 if count == 17 else count)
     assert len(ranking.nodes) == 4
 
@@ -116,7 +135,7 @@ def test_few_samples_do_both(chain, context, array_data, count):
 def test_a_fixed_batch_is_kept(net, array_data, context):
     model = net("g (float[4,32] x) => (float[4,32] y) { a = MatMul(x, w)  y = Tanh(a) }", w=weight(32, 32))
     data = array_data({"x": np.random.default_rng(0).standard_normal((39, 32)).astype("f")})
-    ranking = sensitivity(model, ORT_CPU, replace(context, data=data), QUICK)
+    ranking = rank(model, ORT_CPU, replace(context, data=data))
     assert ranking.samples == 4  # of nine whole batches the second is held out
     assert [node.macs for node in ranking.nodes] == [4 * 32 * 32]
 
@@ -124,21 +143,21 @@ def test_a_fixed_batch_is_kept(net, array_data, context):
 def test_what_the_recipe_excludes_is_not_ranked(chain, context):
     model, data = chain
     ruined = str(model.ir.graph[2].name)
-    everything = sensitivity(model, ORT_CPU, replace(context, data=data), QUICK)
-    ranking = sensitivity(model, ORT_CPU, replace(context, data=data), QUICK, exclude=[ruined])
+    everything = rank(model, ORT_CPU, replace(context, data=data))
+    ranking = rank(model, ORT_CPU, replace(context, data=data), exclude=[ruined])
     assert ruined not in [node.name for node in ranking.nodes]
     assert ranking.sqnr_db > everything.sqnr_db + 6
 
 
 def test_refuses_what_cannot_be_ranked(chain, net, context):
-    model, _ = chain
-    with pytest.raises(PreconditionError, match="--data"):
-        sensitivity(model, ORT_CPU, context, QUICK)
-    with pytest.raises(PreconditionError, match="nothing to rank"):
-        sensitivity(net("g (float[n,4] x) => (float[n,4] y) { y = Relu(x) }"), ORT_CPU, context, QUICK)
-    labels = net("g (float[n,4] x) => (int64[n,1] y) { y = ArgMax <axis = 1> (x) }")
+    model, data = chain
+    with pytest.raises(PreconditionError, match="needs data"):
+        rank(model, ORT_CPU, context)
+    labels = net(
+        "g (float[batch,32] x) => (int64[batch,1] y) { a = MatMul(x, w) y = ArgMax <axis = 1> (a) }", w=weight(32, 32)
+    )
     with pytest.raises(PreconditionError, match="float outputs"):
-        sensitivity(labels, ORT_CPU, context, QUICK)
+        rank(labels, ORT_CPU, replace(context, data=data))
 
 
 def test_the_sqnr_is_that_of_the_quantized_model(net, array_data, context):
@@ -148,5 +167,5 @@ def test_the_sqnr_is_that_of_the_quantized_model(net, array_data, context):
     quantized = QuantizeInt8(calibrate=QUICK, smooth=False, correct_bias=False).run(model, there)
     batches = list(data.batches("calibration", 16))
     measured = decibels(noise_to_signal(outputs_of(model, batches, 1), outputs_of(quantized, batches, 1)))
-    ranking = sensitivity(model, there.target.dialect.int8, there, QUICK)
+    ranking = rank(model, there.target.dialect.int8, there)
     assert ranking.sqnr_db == pytest.approx(measured, abs=0.01)

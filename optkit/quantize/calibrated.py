@@ -1,0 +1,51 @@
+"""A float model and what calibration found out about it, before any Q/DQ pair is written."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from optkit.models import OnnxModel
+from optkit.quantize.placement import place
+from optkit.quantize.qdq import Quantization
+from optkit.quantize.trial import Trial
+from optkit.targets.base import Int8Policy
+
+if TYPE_CHECKING:
+    from optkit.data import Batch
+
+
+@dataclass(frozen=True)
+class Calibrated:
+    """What one pass over the calibration samples gives; it can be written with more or fewer nodes in INT8.
+
+    Attributes:
+        model: the float model, its nodes named, smoothed where that helped.
+        policy: what the target wants.
+        quantization: the placement, and the scale of everything in it.
+        samples: how many samples were observed.
+        first: the first of them, for algorithms that need tensors and not ranges.
+        held_out: samples that were not observed, to choose by.
+        ranking: the SQNR of each range method in dB, the chosen one first; empty if there was nothing to choose.
+        trials: what was tried so far.
+    """
+
+    model: OnnxModel
+    policy: Int8Policy
+    quantization: Quantization
+    samples: int
+    first: Sequence[Batch]
+    held_out: Sequence[Batch]
+    ranking: Mapping[str, float]
+    trials: tuple[Trial, ...]
+
+    def without(self, exclude: Sequence[str]) -> Calibrated:
+        """The same with nodes left in float. To exclude a node only takes away, so nothing is found anew.
+
+        Args:
+            exclude: names or patterns of all nodes that stay in float.
+        """
+        placement = place(self.model, self.policy, exclude)
+        weights = {use: self.quantization.weights[use] for use in placement.weights}
+        return replace(self, quantization=replace(self.quantization, placement=placement, weights=weights))

@@ -30,6 +30,7 @@ class Accuracy:
         samples: how many samples every scored entrant ran.
         scores: the metric by entrant, 0 to 1.
         drops: what the candidate loses against each baseline, 0 to 1.
+        no_drop: what the interval would be if the candidate gave what the reference gives.
         outputs: the candidate's error against the reference.
         broken: what is not finite in the candidate's outputs, as a sentence; then there are no scores.
     """
@@ -39,6 +40,7 @@ class Accuracy:
     samples: int
     scores: Mapping[str, float] = field(default_factory=dict)
     drops: Mapping[str, Interval] = field(default_factory=dict)
+    no_drop: Interval | None = None
     outputs: Difference | None = None
     broken: str | None = None
 
@@ -84,6 +86,7 @@ def measure_accuracy(
             for baseline in contest.baselines
             if baseline.scored
         },
+        no_drop=_drop(metric, joined[reference.name], joined[reference.name], confidence, context),
         outputs=difference(errors),
     )
 

@@ -25,7 +25,7 @@ from optkit.targets.onnxruntime import open_onnx
 from optkit.targets.pytorch import open_torch
 from optkit.validation.accuracy import Accuracy, batch_size_for, measure_accuracy, whole_batches
 from optkit.validation.contest import Contest, Entrant
-from optkit.validation.gate import Verdict, judge
+from optkit.validation.gate import Verdict, judge, judge_accuracy
 from optkit.validation.latency import latency_document, measure_latency
 from optkit.validation.stages import TOLERANCES, StageError, compare_stages, first_past_tolerance, precision_of
 from optkit.validation.statistics import Interval
@@ -232,6 +232,8 @@ def _accuracy_document(contest: Contest, accuracy: Accuracy, gate: Gate) -> dict
             if baseline.name in accuracy.drops
         },
         "broken": accuracy.broken,
+        "status": judge_accuracy(contest, accuracy, gate).status,
+        "reachable": bool(accuracy.no_drop is None or accuracy.no_drop.high <= gate.max_drop / 100),
         "per_output": _outputs_document(accuracy.outputs) if accuracy.outputs else {},
     }
 

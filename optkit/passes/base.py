@@ -8,6 +8,7 @@ from pydantic import BaseModel, ConfigDict
 
 from optkit.context import Context
 from optkit.models import Engine, Model, OnnxModel, TorchModel
+from optkit.tunable import Tunable, search_space
 
 Kind: TypeAlias = Literal["torch", "onnx", "engine"]
 
@@ -35,6 +36,11 @@ class Pass(BaseModel, Generic[In, Out]):
     gives: ClassVar[Kind]
 
     use: Any
+
+    @classmethod
+    def search_space(cls) -> dict[str, Tunable]:
+        """What a tuner may vary: ranges by field, those of nested settings as ``calibrate.method``."""
+        return search_space(cls)
 
     def requires(self, model: In, context: Context) -> None:
         """Raise ``PreconditionError`` if the model or the context does not suit this pass."""

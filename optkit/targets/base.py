@@ -78,6 +78,9 @@ class Dialect:
         builder_opset: the highest opset that the builder itself reads, if that is lower: the build lowers the graph.
         lacks: ops that the builder itself lacks: the build expresses them with others.
         explicit: whether the builder needs kernel shapes and zero points written where ONNX has a default.
+        width_multiple: what numbers of channels its kernels take without padding.
+        sparse: whether it will use kernels for 2:4 sparse weights; False if it has them and they were not asked for,
+            None if it has none.
     """
 
     int8: Int8Policy | None
@@ -88,6 +91,8 @@ class Dialect:
     builder_opset: int | None = None
     lacks: frozenset[str] = frozenset()
     explicit: bool = False
+    width_multiple: int = 8
+    sparse: bool | None = None
 
 
 @dataclass(frozen=True)

@@ -75,6 +75,8 @@ class TensorRtTarget(Target):
             builder_opset=None if typed else 17,
             lacks=_lacking(features),
             explicit=not typed,
+            width_multiple=16,
+            sparse=self.sparsity,
         )
 
     def can_build(self) -> Availability:

@@ -39,7 +39,12 @@ class TensorRtRtxTarget(Target):
     @property
     def dialect(self) -> Dialect:
         """Symmetric INT8 on the inputs of weighted ops; ai.onnx only."""
-        return Dialect(int8=TENSORRT, opsets=(13, 25), floats=frozenset({"float32", "float16", "bfloat16"}))
+        return Dialect(
+            int8=TENSORRT,
+            opsets=(13, 25),
+            floats=frozenset({"float32", "float16", "bfloat16"}),
+            width_multiple=16,
+        )
 
     def can_build(self) -> Availability:
         """Whether the worker's Python has TensorRT-RTX; no GPU is needed."""

@@ -1,0 +1,1 @@
+"""Pruning of PyTorch models: what depends on what, what matters least, and what must stay zero."""

@@ -18,6 +18,7 @@ import typing
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
@@ -245,15 +246,18 @@ class _Bars:
             transient=True,
         )
 
-    def __call__(self, items: Iterable[T], description: str, total: int | None = None) -> Iterator[T]:
+    def __call__(
+        self, items: Iterable[T], description: str | Callable[[], str], total: int | None = None
+    ) -> Iterator[T]:
         if total is None and isinstance(items, Sized):
             total = len(items)
-        task = self._bars.add_task(description, total=total)
+        describe = description if callable(description) else partial(str, description)
+        task = self._bars.add_task(describe(), total=total)
         self._bars.start()
         try:
             for item in items:
                 yield item
-                self._bars.advance(task)
+                self._bars.update(task, advance=1, description=describe())
         finally:
             self._bars.remove_task(task)
             if not self._bars.tasks:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, TypeVar
@@ -12,19 +12,24 @@ import numpy as np
 
 if TYPE_CHECKING:
     from optkit.data import Data
+    from optkit.models import TorchModel
     from optkit.targets.base import Target
 
 T = TypeVar("T")
 
 
 class Progress(Protocol):
-    """Yields what it is given and shows how far it is; the command line draws a bar, everyone else stays silent."""
+    """Yields what it is given and shows how far it is; the command line draws a bar, everyone else stays silent.
 
-    def __call__(self, items: Iterable[T], description: str, total: int | None = None) -> Iterator[T]:  # noqa: D102
-        ...
+    A description that changes on the way is a function, asked after every item.
+    """
+
+    def __call__(  # noqa: D102
+        self, items: Iterable[T], description: str | Callable[[], str], total: int | None = None
+    ) -> Iterator[T]: ...
 
 
-def silent(items: Iterable[T], description: str, total: int | None = None) -> Iterator[T]:
+def silent(items: Iterable[T], description: str | Callable[[], str], total: int | None = None) -> Iterator[T]:
     """The progress that shows nothing."""
     return iter(items)
 
@@ -40,6 +45,8 @@ class Context:
         seed: the only source of randomness.
         threads: intra-op threads of whatever runs on the CPU.
         progress: wraps long loops.
+        original: the PyTorch model that came into the pipeline, which no pass changes: the teacher of those that train.
+        resume: a folder that outlives the process, for what an interrupted training needs to go on; it need not exist.
     """
 
     target: Target
@@ -48,6 +55,8 @@ class Context:
     seed: int = 0
     threads: int = 1
     progress: Progress = silent
+    original: TorchModel | None = None
+    resume: Path | None = None
 
     def rng(self, purpose: str) -> np.random.Generator:
         """A generator that depends on the seed and the purpose only, not on who drew before."""

@@ -5,13 +5,13 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
 from optkit.context import Context
 from optkit.errors import OptkitError, PassError, PostconditionError, PreconditionError
-from optkit.models import Model, OnnxModel
+from optkit.models import Model, OnnxModel, TorchModel
 from optkit.passes.base import Pass, kind_of
 
 log = logging.getLogger("optkit.pipeline")
@@ -53,6 +53,8 @@ def run_passes(passes: Sequence[Pass[Any, Any]], model: Model, context: Context)
         raise PreconditionError(
             f"no pass of the recipe takes {_KIND[kind_of(model)]}: {', '.join(p.use for p in passes)}"
         )
+    if isinstance(model, TorchModel) and context.original is None:
+        context = replace(context, original=model)
     for step in context.progress(passes[entry:], "passes"):
         start = time.perf_counter()
         after = _run(step, stages, context)

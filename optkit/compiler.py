@@ -59,6 +59,9 @@ def compile(
 ) -> Bundle:
     """Run a recipe on a model and write the bundle to ``out`` if the gate passes.
 
+    Passes that train keep their state in the folder ``<out>.resume`` until the bundle is written: after a crash or a
+    signal, the same call goes on where the last one was.
+
     Args:
         model: path of a checkpoint, a PyTorch module (it is not changed), or None for the recipe's own checkpoint.
         recipe: a recipe, the path of one, or a preset's name (``fp32``, ``fp16``, ``bf16``, ``int8``).
@@ -85,13 +88,15 @@ def compile(
         start = fit_to_data(loaded.model, data, recipe) if data else loaded.model
         scratch = folder / "scratch"
         scratch.mkdir()
-        context = Context(recipe.target, scratch, data, recipe.seed, threads, progress)
+        resume = out.with_name(f"{out.name}.resume")
+        context = Context(recipe.target, scratch, data, recipe.seed, threads, progress, resume=resume)
         stages = run_passes(recipe.passes, start, context)
         samples = data or random_data(start.signature, recipe.seed)
         report = judge(stages, recipe, replace(context, data=samples))
         report.document["warnings"] = warnings
         report.document["passes"] = [{"name": stage.name, "seconds": stage.seconds} for stage in stages[1:]]
         bundle = bundles.write(folder / "bundle", stages, recipe, report, loaded.provenance, data, threads)
+        shutil.rmtree(resume, ignore_errors=True)
         if report.verdict.status != "passed":
             rejected = out.with_name(out.name + ".rejected")
             bundles.move(bundle.path, rejected, force=True)

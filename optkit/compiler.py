@@ -7,7 +7,7 @@ import errno
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -23,13 +23,14 @@ from optkit.failures import reason
 from optkit.journal import collected_warnings
 from optkit.models import DimRange, OnnxModel, Signature, TorchModel
 from optkit.passes.quantize_int8 import QuantizeInt8
-from optkit.pipeline import run_passes
+from optkit.pipeline import Stage, run_passes
 from optkit.quantize.linter import Finding, is_quantized
 from optkit.quantize.linter import lint as judge_pairs
 from optkit.quantize.placement import name_nodes
 from optkit.quantize.sensitivity import JUDGED, Sensitivity
 from optkit.quantize.sensitivity import sensitivity as rank_layers
 from optkit.recipe import Recipe
+from optkit.search import Attempt, can_help, roll_back
 from optkit.source import load_model, recognise
 from optkit.source.reading import damaged
 from optkit.targets.onnxruntime import open_onnx
@@ -90,10 +91,18 @@ def compile(
         scratch.mkdir()
         resume = out.with_name(f"{out.name}.resume")
         context = Context(recipe.target, scratch, data, recipe.seed, threads, progress, resume=resume)
+        judging = replace(context, data=data or random_data(start.signature, recipe.seed))
+
+        def judged(stages: Sequence[Stage], by: Recipe) -> Report:
+            return judge(stages, by, judging)
+
         stages = run_passes(recipe.passes, start, context)
-        samples = data or random_data(start.signature, recipe.seed)
-        report = judge(stages, recipe, replace(context, data=samples))
-        report.document["warnings"] = warnings
+        before_judging = list(warnings)
+        attempt = Attempt(recipe, stages, judged(stages, recipe))
+        if can_help(attempt):
+            attempt = roll_back(attempt, context, judged)
+        recipe, stages, report = attempt.recipe, attempt.stages, attempt.report
+        report.document["warnings"] = before_judging + report.document["warnings"]
         report.document["passes"] = [{"name": stage.name, "seconds": stage.seconds} for stage in stages[1:]]
         bundle = bundles.write(folder / "bundle", stages, recipe, report, loaded.provenance, data, threads)
         shutil.rmtree(resume, ignore_errors=True)

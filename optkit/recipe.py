@@ -64,6 +64,9 @@ class Gate(Strict):
 
     max_drop: float = Field(default=0.5, ge=0)
     """How many points (of 100) the metric may lose."""
+    lossy_int8: Literal["rollback", "report"] = "rollback"
+    """What to do if INT8 loses more: ``rollback`` puts the layers that cost the most back into float, as few as it
+    takes, and ``report`` misses the gate."""
     min_speedup: float | None = Field(default=None, gt=0)
     """How many times as fast as the FP32 ONNX model (optimized, if passes before the quantization do) the engine must
     be; not judged if not given."""

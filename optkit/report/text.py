@@ -13,7 +13,7 @@ Document = Mapping[str, Any]
 
 def render(document: Document) -> str:
     """The summary of a report: verdict, accuracy, stages, latency, warnings; of parts that are missing, nothing."""
-    parts = (_verdict, _accuracy, _stages, _latency, _passes, _warnings)
+    parts = (_verdict, _accuracy, _search, _stages, _latency, _passes, _warnings)
     blocks = ["\n".join(_fit(line) for line in part(document)) for part in parts]
     return "\n\n".join(block for block in blocks if block) + "\n"
 
@@ -50,6 +50,28 @@ def _accuracy(document: Document) -> Iterator[str]:
     yield f"  ({accuracy['method']})"
     outputs = [[name, *_error(error)] for name, error in accuracy["per_output"].items()]
     yield from _table([f"output, against {accuracy['reference']}", "SQNR dB", "cosine", "max error"], outputs)
+
+
+def _search(document: Document) -> Iterator[str]:
+    search = document.get("search")
+    if search is None:
+        return
+    yield "Layers put back into float, the most sensitive first: what each choice gave"
+    rows = [
+        [
+            f"{point['in_float']} in float, {point['in_int8']} in INT8",
+            "-" if point["int8_macs"] is None else f"{100 * point['int8_macs']:.1f} %",
+            _points(point["drop_points"], 1),
+            _interval(point["interval"], 2),
+            point["accuracy"],
+            _ms(point["p50_ms"]),
+            "chosen" if point["in_float"] == search["chosen"] else "",
+        ]
+        for point in search["points"]
+    ]
+    yield from _table(["layers", "MACs in INT8", "drop", "interval", "accuracy", "p50 ms", ""], rows)
+    if search["excluded"]:
+        yield from _wrapped(f"In float: {', '.join(search['excluded'])}")
 
 
 def _stages(document: Document) -> Iterator[str]:

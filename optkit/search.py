@@ -1,0 +1,203 @@
+"""Gives back to float as few INT8 layers as the accuracy gate asks for, by measured accuracy.
+
+The layers are ranked once, by what leaving each alone in float brings on held-out calibration samples
+(``quantize.sensitivity``); a choice is the first k of that order. k is doubled until the gate's accuracy passes, and
+then the interval is halved, so n layers take about 2 log2 n attempts. An attempt is the rest of the pipeline and the
+whole validation: its accuracy and latency are those that the report of that choice would hold, and all of them
+together are the trade-off that the report shows. The scales are found once; bias correction and rounding depend on
+what is in INT8 and run again. To be monotone in k is not promised, only likely: errors of layers may cancel out.
+"""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from optkit.context import Context
+from optkit.models import OnnxModel
+from optkit.passes.quantize_int8 import QuantizeInt8
+from optkit.pipeline import Stage, run_passes
+from optkit.quantize.calibrated import Calibrated
+from optkit.quantize.sensitivity import Sensitivity, sensitivity
+from optkit.recipe import Recipe
+from optkit.validation import Report, Verdict
+
+log = logging.getLogger("optkit.search")
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """A recipe that was run: what its passes made of the model, and what the validator found."""
+
+    recipe: Recipe
+    stages: tuple[Stage, ...]
+    report: Report
+
+    @property
+    def accurate(self) -> bool:
+        """Whether the gate's accuracy passed, whatever its speed did."""
+        status: str = self.report.document["accuracy"]["status"]
+        return status == "passed"
+
+
+Judge = Callable[[Sequence[Stage], Recipe], Report]
+
+
+def can_help(attempt: Attempt) -> bool:
+    """Whether INT8 layers may be what an attempt lost its accuracy by, and enough samples are there to tell."""
+    if attempt.accurate or attempt.recipe.gate.lossy_int8 != "rollback":
+        return False
+    if not attempt.report.document["accuracy"]["reachable"]:
+        log.info("no search for layers that cost accuracy: with so few samples not even the float model would pass")
+        return False
+    return any(isinstance(step, QuantizeInt8) for step in attempt.recipe.passes)
+
+
+def roll_back(first: Attempt, context: Context, judge: Judge) -> Attempt:
+    """Put the fewest layers back into float that let the gate's accuracy pass.
+
+    Args:
+        first: the attempt with everything in INT8 that its recipe allows, which lost too much.
+        context: each attempt builds into a folder of its own in the scratch folder.
+        judge: validates stages by a recipe.
+
+    Returns:
+        The attempt whose accuracy passed with the fewest layers in float, its recipe with their names in ``exclude``
+        of ``quantize_int8``; or the first one, if none did. Its report has the section ``search``.
+    """
+    rest = _Rest.of(first, context, judge)
+    log.info("accuracy was missed: looking for the layers that cost it, of %d in INT8", len(rest.order))
+    tried: dict[int, Attempt] = {0: first}
+
+    def passes(count: int) -> bool:
+        tried[count] = rest.attempt(count)
+        return tried[count].accurate
+
+    chosen = fewest(len(rest.order) - 1, passes)
+    for count in tried:
+        if count not in (0, chosen):
+            shutil.rmtree(rest.folder(count))  # an engine that nobody wants
+    return _explained(rest, tried, chosen)
+
+
+def fewest(most: int, passes: Callable[[int], bool]) -> int | None:
+    """The least count from 1 to ``most`` that passes, if to pass is monotone; None if ``most`` does not pass."""
+    failing, passing = 0, 0
+    while not passing:
+        count = min(max(1, 2 * failing), most)
+        if count <= failing:
+            return None
+        if passes(count):
+            passing = count
+        else:
+            failing = count
+    while passing - failing > 1:
+        middle = (failing + passing) // 2
+        failing, passing = (failing, middle) if passes(middle) else (middle, passing)
+    return passing
+
+
+@dataclass(frozen=True)
+class _Rest:
+    """What is the same in all attempts, and how to make one."""
+
+    first: Attempt
+    index: int  # of quantize_int8 in the recipe
+    before: tuple[Stage, ...]
+    step: QuantizeInt8
+    calibrated: Calibrated
+    ranking: Sensitivity
+    context: Context
+    judge: Judge
+
+    @classmethod
+    def of(cls, first: Attempt, context: Context, judge: Judge) -> _Rest:
+        index, step = next((i, one) for i, one in enumerate(first.recipe.passes) if isinstance(one, QuantizeInt8))
+        stage = next(i for i, one in enumerate(first.stages) if one.name == step.use)
+        floats = first.stages[stage - 1].model
+        assert isinstance(floats, OnnxModel)  # what quantize_int8 took
+        calibrated = step.calibrated(floats, context)
+        ranking = sensitivity(calibrated, context, step.exclude)
+        return cls(first, index, first.stages[:stage], step, calibrated, ranking, context, judge)
+
+    @property
+    def order(self) -> tuple[str, ...]:
+        return tuple(node.name for node in self.ranking.nodes)
+
+    def attempt(self, count: int) -> Attempt:
+        """The recipe with the first ``count`` layers of the order in float too."""
+        start = time.perf_counter()
+        step = self.step.model_copy(update={"exclude": (*self.step.exclude, *self.order[:count])})
+        passes = (*self.first.recipe.passes[: self.index], step, *self.first.recipe.passes[self.index + 1 :])
+        recipe = self.first.recipe.model_copy(update={"passes": passes})
+        self.folder(count).mkdir()
+        context = replace(self.context, scratch=self.folder(count))
+        quantized = step.written(self.calibrated.without(step.exclude), context)
+        step.ensures(self.calibrated.model, quantized, context)
+        seconds = time.perf_counter() - start
+        after = run_passes(passes[self.index + 1 :], quantized, context)[1:] if passes[self.index + 1 :] else ()
+        stages = (*self.before, Stage(step.use, quantized, seconds), *after)
+        attempt = Attempt(recipe, stages, self.judge(stages, recipe))
+        log.info("%d of %d layers in float: %s", count, len(self.order), _outcome(attempt))
+        return attempt
+
+    def folder(self, count: int) -> Path:
+        """Where an attempt builds."""
+        return self.context.scratch / f"{count}-in-float"
+
+
+def _outcome(attempt: Attempt) -> str:
+    accuracy = attempt.report.document["accuracy"]
+    drop = accuracy["drop_points"]
+    return accuracy["status"] if drop is None else f"{accuracy['status']}, a drop of {drop:.2f} points"
+
+
+def _explained(rest: _Rest, tried: dict[int, Attempt], chosen: int | None) -> Attempt:
+    """The chosen attempt, its report with everything that was tried."""
+    attempt = tried[chosen or 0]
+    limit = attempt.recipe.gate.max_drop
+    if chosen is None:
+        why = (
+            f"No choice of layers keeps the drop within {limit:g}: not even with only {rest.order[-1]} in INT8. "
+            "Raise gate.max_drop, or compile without quantize_int8."
+        )
+    else:
+        why = (
+            f"{chosen} of {len(rest.order)} INT8 layers went back to float: the fewest of {len(tried)} choices "
+            f"that keep the drop within {limit:g}. The choices were compared on the samples that judge it."
+        )
+    verdict = Verdict(attempt.report.verdict.status, (*attempt.report.verdict.reasons, why))
+    document = {
+        **attempt.report.document,
+        "verdict": {"status": verdict.status, "reasons": list(verdict.reasons)},
+        "search": {
+            "chosen": chosen,
+            "excluded": list(rest.order[: chosen or 0]),
+            "order": list(rest.order),
+            "points": [_point(rest, count, tried[count]) for count in sorted(tried)],
+        },
+    }
+    return replace(attempt, report=Report(verdict, document))
+
+
+def _point(rest: _Rest, count: int, attempt: Attempt) -> dict[str, Any]:
+    accuracy, latency = attempt.report.document["accuracy"], attempt.report.document["latency"]
+    macs = [node.macs for node in rest.ranking.nodes]
+    known = [number for number in macs if number is not None]
+    share = sum(number or 0 for number in macs[count:]) / sum(known) if len(known) == len(macs) and any(known) else None
+    timed = latency["runners"].get(attempt.report.document["candidate"]["name"])
+    return {
+        "in_float": count,
+        "in_int8": len(rest.order) - count,
+        "int8_macs": share,
+        "drop_points": accuracy["drop_points"],
+        "interval": accuracy["interval"],
+        "accuracy": accuracy["status"],
+        "p50_ms": timed["p50_ms"] if timed else None,
+        "ratios": {name: ratio["ratio"] for name, ratio in latency["ratios"].items()},
+    }

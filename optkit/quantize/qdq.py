@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from optkit.models import OnnxModel
+from optkit.quantize.initializers import add_initializer, drop_unused_initializers, operand
 from optkit.quantize.placement.draft import Placement, Use
 from optkit.quantize.placement.graph import constant
 from optkit.quantize.saturation import pair_reach
@@ -64,16 +65,6 @@ def quantize_weights(
     return weights
 
 
-def operand(node: ir.Node, index: int) -> Array:
-    """The data of a constant input."""
-    import onnx_ir as ir
-
-    value = node.inputs[index]
-    tensor = None if value is None else ir.convenience.get_const_tensor(value)
-    assert tensor is not None  # placement only takes constants
-    return tensor.numpy()
-
-
 def _input_scale(node: ir.Node, activations: Mapping[str, Scale]) -> Scale:
     value = node.inputs[0]
     assert value is not None and value.name is not None  # placement: input 0 is a tensor that is quantized
@@ -121,7 +112,7 @@ class _Writer:
             stored = np.rint(bias.astype(np.float64) / unit).astype(np.int32)
             _set_input(node, 2, self._dequantized(node, 2, QuantizedWeight(stored, unit, 0)))
         elif bias is not None and name in self._quantization.biases:
-            _set_input(node, 2, self._initializer(f"{name}_bias", bias))
+            _set_input(node, 2, add_initializer(self._graph, f"{name}_bias", bias))
         node.replace_input_with(1, self._dequantized(node, 1, weight))
 
     def _added(self, node: ir.Node) -> None:
@@ -129,7 +120,7 @@ class _Writer:
         corrected = self._quantization.biases.get(node.name or "")
         for index, value in enumerate(node.inputs):
             if corrected is not None and constant(value) is not None:
-                node.replace_input_with(index, self._initializer(f"{node.name}_bias", corrected))
+                node.replace_input_with(index, add_initializer(self._graph, f"{node.name}_bias", corrected))
 
     def _bias(self, node: ir.Node) -> Array | None:
         corrected = self._quantization.biases.get(node.name or "")
@@ -143,9 +134,9 @@ class _Writer:
         base = f"{node.name}_{'weight' if index == 1 else 'bias'}"
         zero = np.zeros(stored.scale.shape, stored.values.dtype)
         inputs = [
-            self._initializer(f"{base}_quantized", stored.values),
-            self._initializer(f"{base}_scale", stored.scale),
-            self._initializer(f"{base}_zero_point", zero),
+            add_initializer(self._graph, f"{base}_quantized", stored.values),
+            add_initializer(self._graph, f"{base}_scale", stored.scale),
+            add_initializer(self._graph, f"{base}_zero_point", zero),
         ]
         dequantize = ir.node(
             "DequantizeLinear", inputs, {"axis": stored.axis}, num_outputs=1, name=f"{base}_DequantizeLinear"
@@ -165,8 +156,8 @@ class _Writer:
             return
         scale = self._quantization.activations[name]
         parameters = [
-            self._initializer(f"{name}_scale", np.asarray(scale.scale, np.float32)),
-            self._initializer(f"{name}_zero_point", np.asarray(scale.zero_point, scale.dtype)),
+            add_initializer(self._graph, f"{name}_scale", np.asarray(scale.scale, np.float32)),
+            add_initializer(self._graph, f"{name}_zero_point", np.asarray(scale.zero_point, scale.dtype)),
         ]
         quantize = ir.node("QuantizeLinear", [value, *parameters], num_outputs=1, name=f"{name}_QuantizeLinear")
         dequantize = ir.node(
@@ -197,16 +188,6 @@ class _Writer:
                 self._graph.outputs[index] = dequantized
         dequantized.name = name
 
-    def _initializer(self, name: str, array: Array) -> ir.Value:
-        import onnx_ir as ir
-
-        while name in self._graph.initializers:
-            name += "_"
-        tensor = ir.tensor(array, name=name)
-        value = ir.Value(name=name, shape=ir.Shape(array.shape), type=ir.TensorType(tensor.dtype), const_value=tensor)
-        self._graph.register_initializer(value)
-        return value
-
 
 def _describe(value: ir.Value, name: str, dtype: ir.DataType, like: ir.Value) -> None:
     value.name, value.dtype, value.shape = name, dtype, like.shape
@@ -216,11 +197,3 @@ def _set_input(node: ir.Node, index: int, value: ir.Value) -> None:
     while len(node.inputs) <= index:
         node.resize_inputs(index + 1)
     node.replace_input_with(index, value)
-
-
-def drop_unused_initializers(graph: ir.Graph) -> None:
-    """Remove what no node reads any more: ONNX Runtime takes no data for it."""
-    outputs = set(graph.outputs)
-    for name, value in list(graph.initializers.items()):
-        if not value.uses() and value not in outputs:
-            del graph.initializers[name]

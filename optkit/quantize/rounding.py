@@ -18,9 +18,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from optkit.models import OnnxModel
+from optkit.quantize.initializers import operand
 from optkit.quantize.placement.draft import Use
 from optkit.quantize.placement.graph import attribute
-from optkit.quantize.qdq import Quantization, operand, write
+from optkit.quantize.qdq import Quantization, write
 from optkit.quantize.scales import QuantizedWeight
 from optkit.quantize.walk import walk
 

@@ -19,10 +19,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from optkit.models import OnnxModel
+from optkit.quantize.initializers import add_initializer, drop_unused_initializers, operand
 from optkit.quantize.observers import with_probes
 from optkit.quantize.placement import Placement
 from optkit.quantize.placement.graph import attribute, constant
-from optkit.quantize.qdq import drop_unused_initializers, operand
 from optkit.quantize.saturation import pair_reach
 from optkit.quantize.scales import Scale, quantize_weight, range_scale
 from optkit.targets.base import Int8Policy
@@ -179,7 +179,7 @@ def _divide(graph: ir.Graph, readers: Sequence[ir.Node], factors: Array) -> str:
         for index in (1, 2):
             if len(norm.inputs) > index and norm.inputs[index] is not None:
                 norm.replace_input_with(
-                    index, _initializer(graph, f"{norm.name}_{index}", operand(norm, index) / factors)
+                    index, add_initializer(graph, f"{norm.name}_{index}", operand(norm, index) / factors)
                 )
         how = f"folded into {norm.name}"
     else:
@@ -189,7 +189,7 @@ def _divide(graph: ir.Graph, readers: Sequence[ir.Node], factors: Array) -> str:
         how = "with a Mul of its own"
     for reader in readers:
         weight = operand(reader, 1) * (factors[None, :] if _is_transposed(reader) else factors[:, None])
-        reader.replace_input_with(1, _initializer(graph, f"{reader.name}_smoothed", weight))
+        reader.replace_input_with(1, add_initializer(graph, f"{reader.name}_smoothed", weight))
     return how
 
 
@@ -205,7 +205,7 @@ def _takes(node: ir.Node) -> bool:
 def _inserted_mul(graph: ir.Graph, source: ir.Value, readers: Sequence[ir.Node], factors: Array) -> ir.Value:
     import onnx_ir as ir
 
-    inverse = _initializer(graph, f"{source.name}_smoothing", 1 / factors)
+    inverse = add_initializer(graph, f"{source.name}_smoothing", 1 / factors)
     mul = ir.node("Mul", [source, inverse], num_outputs=1, name=f"{source.name}_smooth")
     smoothed = mul.outputs[0]
     smoothed.name, smoothed.type, smoothed.shape = f"{source.name}_smoothed", source.type, source.shape
@@ -215,14 +215,3 @@ def _inserted_mul(graph: ir.Graph, source: ir.Value, readers: Sequence[ir.Node],
     else:
         graph.insert_before(graph[0], mul)
     return smoothed
-
-
-def _initializer(graph: ir.Graph, name: str, array: Array) -> ir.Value:
-    import onnx_ir as ir
-
-    while name in graph.initializers:
-        name += "_"
-    tensor = ir.tensor(np.ascontiguousarray(array, np.float32), name=name)
-    value = ir.Value(name=name, shape=ir.Shape(array.shape), type=ir.TensorType(tensor.dtype), const_value=tensor)
-    graph.register_initializer(value)
-    return value

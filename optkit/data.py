@@ -22,10 +22,23 @@ from optkit.models import Signature, TensorSpec
 from optkit.rows import AnySource, HubSource, Row, Table, file_sha256
 from optkit.transforms import AnyTransform, Array, Ragged, padded
 
-__all__ = ["Batch", "Data", "DataSpec", "Metric", "RandomData", "Split", "open_data", "random_data"]
+__all__ = ["Batch", "Data", "DataSpec", "Metric", "RandomData", "Samples", "Split", "open_data", "random_data"]
 
-Split: TypeAlias = Literal["calibration", "validation"]
+Split: TypeAlias = Literal["calibration", "validation", "training"]
 SPLITS: tuple[Split, Split] = ("calibration", "validation")
+"""Those that are opened at once; the third is opened when something is trained."""
+
+
+class Samples(Protocol):
+    """What a model is trained on: samples that come in any order that is asked for."""
+
+    def __len__(self) -> int: ...
+
+    def batches(self, positions: Sequence[int], size: int, skip: int = 0) -> Iterator[Batch]:
+        """Batches of ``size`` of the samples at ``positions``, from 0, in this order, without the first ``skip``.
+
+        A source that only streams gives them in its own order, the same at every call.
+        """
 
 
 class Data(Protocol):
@@ -41,6 +54,9 @@ class Data(Protocol):
 
     def batches(self, split: Split, size: int, limit: int | None = None) -> Iterator[Batch]:
         """Batches of at most ``size`` samples, the same ones in the same order at every call, NaN refused."""
+
+    def training(self) -> Samples:
+        """The samples to train on; none of them is in the validation split."""
 
     def fingerprint(self, split: Split) -> dict[str, Any]:
         """What identifies the samples: source, split, preprocessing, count, seed."""
@@ -61,10 +77,16 @@ class SplitSpec(Strict):
 
 
 class Splits(Strict):
-    """The two splits. They never share a row: from one source they draw different ones, calibration first."""
+    """The splits. Validation shares no row with the others: from one source it draws different ones.
+
+    Calibration draws first, validation second. Training takes what is left and may share rows with calibration.
+    """
 
     calibration: SplitSpec = SplitSpec(count=512)
     validation: SplitSpec = SplitSpec()
+    training: SplitSpec = SplitSpec()
+    """For passes that train. Without a source of its own it draws from calibration's, without ``rows`` and ``count``
+    from all the rows that calibration may draw, but those of validation."""
 
 
 class InputSpec(Strict):
@@ -119,7 +141,7 @@ class DataSpec(Strict):
     @model_validator(mode="after")
     def _check(self) -> DataSpec:
         for split in SPLITS:
-            if self._split(split).source is None and self.source is None:
+            if self.split(split).source is None and self.source is None:
                 raise ValueError(f"there is no source for {split}: set source, or splits.{split}.source")
         if self.metric.needs_labels and self.label is None:
             raise ValueError(f"metric {self.metric.name} needs labels: set label to the column that has them")
@@ -140,12 +162,16 @@ class DataSpec(Strict):
 
     def source_of(self, split: Split) -> AnySource:
         """Where the rows of a split come from."""
-        source = self._split(split).source or self.source
+        source = self.split(split).source or self.source
         assert source is not None  # checked when the spec was read
         return source
 
-    def _split(self, split: Split) -> SplitSpec:
+    def split(self, split: Split) -> SplitSpec:
+        """What the spec says of a split; training takes over from calibration what it does not say itself."""
         spec: SplitSpec = getattr(self.splits, split)
+        if split == "training" and spec.source is None:
+            whole = self.splits.calibration
+            return spec.model_copy(update={"source": whole.source, "rows": spec.rows or whole.rows})
         return spec
 
 
@@ -186,14 +212,26 @@ class SpecData:
         Raises:
             DataError: a sample cannot be made, does not fit the others, or holds NaN or infinity.
         """
-        chosen = self._chosen[split][:limit]
-        samples = self._samples(split, np.sort(chosen) if self._tables[split].order == "stream" else chosen)
+        yield from self.drawn(split, self._rows_of(split)[:limit], size)
+
+    def training(self) -> Samples:
+        """The samples to train on.
+
+        Raises:
+            DataError: the training data are missing, empty, or shared with validation.
+        """
+        return _Training(self, self._rows_of("training"))
+
+    def drawn(self, split: Split, rows: Array, size: int, skip: int = 0) -> Iterator[Batch]:
+        """Batches of these rows of a split, without the first ``skip``; a stream gives them in its own order."""
+        ordered = rows if self._tables[split].order == "any" else np.sort(rows)
+        samples = self._samples(split, ordered[skip:])
         while chunk := list(islice(samples, size)):
             yield self._collate(chunk)
 
     def fingerprint(self, split: Split) -> dict[str, Any]:
         """Source with the SHA-256 of its files, row numbers, preprocessing, count and seed; JSON-serializable."""
-        chosen = self._chosen[split]
+        chosen = self._rows_of(split)
         return {
             "name": self.spec.name,
             "source": self.spec.source_of(split).identity(self._folder),
@@ -216,26 +254,49 @@ class SpecData:
 
     def _check_files(self) -> None:
         for split in SPLITS:
-            for path in self.spec.source_of(split).files(self._folder):
-                if not path.exists():
-                    hint = f"; bring it with: {self.spec.fetch}" if self.spec.fetch else ""
-                    raise DataError(f"{self._origin}: the {split} data are missing: there is no {path}{hint}")
+            self._check_there(split)
+
+    def _check_there(self, split: Split) -> None:
+        for path in self.spec.source_of(split).files(self._folder):
+            if not path.exists():
+                hint = f"; bring it with: {self.spec.fetch}" if self.spec.fetch else ""
+                raise DataError(f"{self._origin}: the {split} data are missing: there is no {path}{hint}")
 
     def _open_tables(self) -> dict[Split, Table]:
-        calibration, validation = (self.spec.source_of(split) for split in SPLITS)
+        tables: dict[Split, Table] = {"calibration": self._open_table("calibration")}
+        same = self.spec.source_of("calibration") == self.spec.source_of("validation")
+        tables["validation"] = tables["calibration"] if same else self._open_table("validation")
+        if not same:
+            self._check_apart("calibration")
+        return tables
+
+    def _open_table(self, split: Split) -> Table:
         try:
-            first = calibration.open(self._folder, self._seed)
-            second = first if calibration == validation else validation.open(self._folder, self._seed)
+            table = self.spec.source_of(split).open(self._folder, self._seed)
         except DataError as error:
             raise DataError(f"{self._origin}: {error}") from error
-        if calibration != validation:
-            self._check_apart(calibration, validation)
-        tables: dict[Split, Table] = {"calibration": first, "validation": second}
-        for split, table in tables.items():
-            if not len(table):
-                raise DataError(f"{self._origin}: the {split} data are empty: there is not one row")
-            self._check_columns(table)
-        return tables
+        if not len(table):
+            raise DataError(f"{self._origin}: the {split} data are empty: there is not one row")
+        self._check_columns(table)
+        return table
+
+    def _rows_of(self, split: Split) -> Array:
+        """The rows of a split, in the order in which they are drawn; training is opened when it is first asked for."""
+        if split not in self._chosen:
+            self._tables[split], self._chosen[split] = self._open_training()
+        return self._chosen[split]
+
+    def _open_training(self) -> tuple[Table, Array]:
+        source = self.spec.source_of("training")
+        twin = next((split for split in SPLITS if self.spec.source_of(split) == source), None)
+        if twin is None:
+            self._check_there("training")
+            self._check_apart("training")
+        table = self._tables[twin] if twin else self._open_table("training")
+        order = self._order(table)
+        if table is self._tables["validation"]:
+            order = order[~np.isin(order, self._chosen["validation"])]
+        return table, self._draw("training", table, order)
 
     def _check_columns(self, table: Table) -> None:
         wanted = {f"input {name!r}": _columns(part.column) for name, part in self.spec.inputs.items()}
@@ -247,54 +308,51 @@ class SpecData:
                     hint = did_you_mean(column, table.columns)
                     raise DataError(f"{self._origin}: there is no column {column!r} for {use}, {hint}")
 
-    def _check_apart(self, calibration: AnySource, validation: AnySource) -> None:
-        """Refuse two sources that share a file: rows would be in both splits."""
-        if isinstance(calibration, HubSource) and calibration.same_rows(validation):
+    def _check_apart(self, split: Split) -> None:
+        """Refuse a source that shares a file with validation's: rows would be in both splits."""
+        source, validation = self.spec.source_of(split), self.spec.source_of("validation")
+        mend = "Give the spec this one source, and both splits draw different rows of it"
+        if isinstance(source, HubSource) and source.same_rows(validation):
             raise DataError(
-                f"{self._origin}: calibration and validation overlap: both are {calibration.split} of "
-                f"{calibration.dataset}. Give the spec this one source, and both splits draw different rows of it"
+                f"{self._origin}: {split} and validation overlap: both are {source.split} of {source.dataset}. {mend}"
             )
-        files = calibration.files(self._folder)
+        files = source.files(self._folder)
         places = {path.resolve() for path in files}
         sizes = {path.stat().st_size: path for path in files}
         for path in validation.files(self._folder):
             twin = sizes.get(path.stat().st_size)
             same = path.resolve() in places or (
-                calibration.kind != "imagefolder" and twin is not None and file_sha256(twin) == file_sha256(path)
+                source.kind != "imagefolder" and twin is not None and file_sha256(twin) == file_sha256(path)
             )
             if same:
-                raise DataError(
-                    f"{self._origin}: calibration and validation overlap: {path} is in both. Give the spec this one "
-                    "source, and both splits draw different rows of it"
-                )
+                raise DataError(f"{self._origin}: {split} and validation overlap: {path} is in both. {mend}")
 
     def _choose(self) -> dict[Split, Array]:
         """The row numbers of both splits, in the order in which they are drawn."""
         calibration, validation = self._tables["calibration"], self._tables["validation"]
-        first = self._draw("calibration", self._order(calibration))
+        first = self._draw("calibration", calibration, self._order(calibration))
         rest = self._order(validation)
         if validation is calibration:
             rest = rest[~np.isin(rest, first)]
-        return {"calibration": first, "validation": self._draw("validation", rest)}
+        return {"calibration": first, "validation": self._draw("validation", validation, rest)}
 
     def _order(self, table: Table) -> Array:
         if table.order == "shuffled":
             return np.arange(len(table))
         return np.random.default_rng([self._seed, zlib.crc32(b"rows")]).permutation(len(table))
 
-    def _draw(self, split: Split, order: Array) -> Array:
-        part: SplitSpec = getattr(self.spec.splits, split)
-        start, stop = part.rows or (0, len(self._tables[split]))
-        if stop > len(self._tables[split]):
-            raise DataError(
-                f"{self._origin}: splits.{split}.rows ends at {stop}, but there are {len(self._tables[split])} rows"
-            )
+    def _draw(self, split: Split, table: Table, order: Array) -> Array:
+        part = self.spec.split(split)
+        start, stop = part.rows or (0, len(table))
+        if stop > len(table):
+            raise DataError(f"{self._origin}: splits.{split}.rows ends at {stop}, but there are {len(table)} rows")
         left = order[(order >= start) & (order < stop)]
         wanted = part.count if part.count is not None else max(1, len(left))
         if wanted > len(left):
+            other = "calibration" if split == "validation" else split
             raise DataError(
                 f"{self._origin}: {split} wants {wanted} of the rows {start} to {stop - 1}, and {len(left)} of them "
-                "are left. Calibration and validation do not share rows: lower splits.calibration.count or "
+                f"are left. {other.capitalize()} and validation do not share rows: lower splits.{other}.count or "
                 "splits.validation.count"
             )
         return left[:wanted]
@@ -394,6 +452,20 @@ class SpecData:
         return np.stack(arrays)
 
 
+@dataclass(frozen=True)
+class _Training:
+    """The training split of a spec."""
+
+    data: SpecData
+    rows: Array
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def batches(self, positions: Sequence[int], size: int, skip: int = 0) -> Iterator[Batch]:
+        return self.data.drawn("training", self.rows[np.asarray(positions, np.int64)], size, skip)
+
+
 def _columns(column: str | tuple[str, ...]) -> tuple[str, ...]:
     return (column,) if isinstance(column, str) else column
 
@@ -476,6 +548,14 @@ class RandomData:
             batch = Batch({name: np.concatenate([s[name] for s in samples]) for name in samples[0]}, None)
             left -= len(batch)
             yield batch
+
+    def training(self) -> Samples:
+        """There is none.
+
+        Raises:
+            DataError: always.
+        """
+        raise DataError("random inputs teach a model nothing: add a `data:` section to the recipe")
 
     def _feeds(self, rng: np.random.Generator) -> dict[str, Array]:
         # One sample at a time, so that the samples do not depend on the batch size

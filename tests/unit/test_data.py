@@ -128,6 +128,72 @@ def test_the_fingerprint_changes_with_all_that_matters_and_nothing_else(folder: 
     assert fingerprint()["source"]["files"] != first["source"]["files"]
 
 
+# --- training ---------------------------------------------------------------------------------------------------------
+
+
+def trained_on(data: Data, **skip: int) -> list[int]:
+    samples = data.training()
+    return [int(row) for batch in samples.batches(range(len(samples)), 7, **skip) for row in batch.feeds["x"][:, 0]]
+
+
+@pytest.mark.parametrize(
+    ("splits", "count"),
+    [
+        ({"calibration": {"count": 8}, "validation": {"count": 10}}, 30),  # one source: what validation has not taken
+        ({"calibration": {"count": 8}}, 8),
+        ({"calibration": {"count": 4, "rows": [0, 20]}, "validation": {"rows": [10, 40], "count": 20}}, None),
+        ({"calibration": {"count": 8}, "validation": {"count": 10}, "training": {"count": 5}}, 5),
+    ],
+)
+def test_training_takes_what_calibration_may_but_nothing_of_validation(folder: Path, splits: Any, count: Any) -> None:
+    data = open_data(write(folder, splits=splits))
+    rows, validation = trained_on(data), rows_of(data, "validation")
+    assert not set(rows) & set(validation) and len(set(rows)) == len(rows)
+    expected = set(range(*splits["calibration"].get("rows", (0, COUNT)))) - set(validation)
+    assert set(rows) == expected if count is None else len(rows) == count
+    assert data.fingerprint("training")["count"] == len(rows)
+
+
+def test_training_from_the_calibration_source_has_no_count_of_its_own(folder: Path) -> None:
+    np.savez(folder / "other.npz", x=np.full((3, 4), 99, np.float32), y=np.zeros(3, np.int64))
+    splits = {"calibration": {"count": 4}, "validation": {"source": {"kind": "npz", "path": "other.npz"}}}
+    data = open_data(write(folder, splits=splits))
+    assert sorted(trained_on(data)) == list(range(COUNT))
+
+
+def test_training_samples_come_in_the_order_asked_for(folder: Path) -> None:
+    samples = open_data(write(folder)).training()
+    everything = [int(batch.feeds["x"][0, 0]) for batch in samples.batches(range(8), 1)]
+    some = [int(row) for batch in samples.batches([5, 0, 3, 1], 2, skip=1) for row in batch.feeds["x"][:, 0]]
+    assert some == [everything[0], everything[3], everything[1]]
+
+
+def test_a_stream_gives_training_samples_in_its_own_order_and_skips_alike(folder: Path) -> None:
+    (folder / "stream.py").write_text("def rows():\n    yield from ({'x': [float(i)], 'y': 0} for i in range(20))\n")
+    spec = write(folder, source={"kind": "python", "function": "stream.py:rows"})
+    samples = open_data(spec).training()
+    positions = [6, 1, 4, 3]
+    rows = [int(batch.feeds["x"][0, 0]) for batch in samples.batches(positions, 1)]
+    assert rows == sorted(rows)
+    assert [int(batch.feeds["x"][0, 0]) for batch in samples.batches(positions, 1, skip=2)] == rows[2:]
+
+
+def test_training_files_are_looked_for_when_something_is_trained(folder: Path) -> None:
+    splits = {"calibration": {"count": 4}, "training": {"source": {"kind": "npz", "path": "none.npz"}}}
+    data = open_data(write(folder, splits=splits))
+    assert len(rows_of(data, "calibration")) == 4
+    with pytest.raises(DataError, match=r"the training data are missing: there is no .*none\.npz"):
+        data.training()
+    (folder / "none.npz").write_bytes((folder / "data.npz").read_bytes())
+    with pytest.raises(DataError, match=r"training and validation overlap: .*data\.npz is in both"):
+        data.training()
+
+
+def test_random_inputs_are_no_training_data() -> None:
+    with pytest.raises(DataError, match="teach a model nothing"):
+        random_data(Signature((), ())).training()
+
+
 # --- specs that are wrong ---------------------------------------------------------------------------------------------
 
 

@@ -167,6 +167,7 @@ class Recipe(Strict):
             update={
                 "model": source.model_copy(update=changes),
                 "data": str(folder / self.data) if self.data else None,
+                "passes": tuple(step.relative_to(folder) for step in self.passes),
             }
         )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any, ClassVar, Generic, Literal, TypeAlias, TypeVar
 
 from pydantic import BaseModel, ConfigDict
@@ -41,6 +42,10 @@ class Pass(BaseModel, Generic[In, Out]):
     def search_space(cls) -> dict[str, Tunable]:
         """What a tuner may vary: ranges by field, those of nested settings as ``calibrate.method``."""
         return search_space(cls)
+
+    def relative_to(self, folder: Path) -> Pass[In, Out]:
+        """The same pass with the paths among its fields resolved against a folder: that of the recipe file."""
+        return self
 
     def requires(self, model: In, context: Context) -> None:
         """Raise ``PreconditionError`` if the model or the context does not suit this pass."""

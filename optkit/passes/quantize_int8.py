@@ -6,6 +6,7 @@ import itertools
 import logging
 from collections.abc import Callable
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -22,12 +23,13 @@ from optkit.quantize.measure import Judge, outputs_of
 from optkit.quantize.observers import observe
 from optkit.quantize.placement import Placement, name_nodes, place
 from optkit.quantize.qdq import Quantization, quantize_weights, write
+from optkit.quantize.ranges import Ranges, digest, load
 from optkit.quantize.rounding import round_weights
 from optkit.quantize.samples import batch_size, calibration_batches
 from optkit.quantize.scales import WeightMethod
 from optkit.quantize.smooth_quant import smooth
 from optkit.quantize.trial import Trial, keep_better
-from optkit.targets.base import Int8Policy
+from optkit.targets.base import Int8Policy, quote
 
 if TYPE_CHECKING:
     from optkit.data import Data
@@ -58,6 +60,13 @@ class QuantizeInt8(OnnxPass):
     """Take each channel's mean error out of the biases, layer after layer; undone if held-out samples say so."""
     exclude: tuple[str, ...] = ()
     """Names of nodes, or patterns such as ``encoder.0/*``, that stay in float."""
+
+    def relative_to(self, folder: Path) -> QuantizeInt8:
+        """Ranges to use again are named relative to the recipe."""
+        if self.calibrate.ranges is None:
+            return self
+        found = self.calibrate.model_copy(update={"ranges": str(folder / self.calibrate.ranges)})
+        return self.model_copy(update={"calibrate": found})
 
     def requires(self, model: OnnxModel, context: Context) -> None:
         """Calibration data, a target that has INT8, and a float model of opset 13 or later."""
@@ -97,31 +106,48 @@ class QuantizeInt8(OnnxPass):
         ahead = samples.read_ahead(stream)
         named, trials = self._smoothed(named, placement, policy, samples, size, context)
         placement = place(named, policy, self.exclude) if trials else placement
-        batches = context.progress(itertools.chain(ahead, stream), "calibrating")
-        statistics = observe(named, placement.observed, batches, context.threads)
-        # Too few batches to hold one out: what was observed has to do
+        # Too few batches to hold one out: what is observed has to do
         held_out = samples.held_out or list(calibration_batches(named, data, size, size))
-        quantization, ranking = choose(
-            named, placement, statistics, policy, self.calibrate, self.weights, held_out, context.threads
-        )
-        return Calibrated(named, policy, quantization, samples.observed, samples.first, held_out, ranking, trials)
+        origin = self._origin(model, policy, data)
+        if self.calibrate.ranges is not None:
+            ranges = load(self.calibrate.ranges, origin)
+            quantization = self._with_ranges(named, placement, policy, ranges)
+        else:
+            batches = context.progress(itertools.chain(ahead, stream), "calibrating")
+            statistics = observe(named, placement.observed, batches, context.threads)
+            quantization, ranking = choose(
+                named, placement, statistics, policy, self.calibrate, self.weights, held_out, context.threads
+            )
+            ranges = Ranges(origin, samples.observed, ranking, quantization.activations)
+        return Calibrated(named, policy, quantization, ranges, samples.first, held_out, trials)
+
+    def _origin(self, model: OnnxModel, policy: Int8Policy, data: Data) -> dict[str, Any]:
+        """What the ranges depend on."""
+        settings = {**self.calibrate.model_dump(exclude={"ranges"}), "smooth": self.smooth, **asdict(policy)}
+        return {"model": digest(model), "data": data.fingerprint("calibration"), "settings": settings}
+
+    def _with_ranges(self, model: OnnxModel, placement: Placement, policy: Int8Policy, ranges: Ranges) -> Quantization:
+        missing = sorted(placement.tensors - ranges.activations.keys())
+        if missing:
+            raise PreconditionError(
+                f"calibrate.ranges: {self.calibrate.ranges} has no range for {quote(missing)}, quantized now: "
+                "leave calibrate.ranges out to calibrate anew"
+            )
+        weights = quantize_weights(model, placement, policy, ranges.activations, self.weights)
+        return Quantization(placement, ranges.activations, weights)
 
     def written(self, calibrated: Calibrated, context: Context) -> OnnxModel:
         """Run the accuracy algorithms on what calibration found, and write the Q/DQ pairs."""
         placement = calibrated.quantization.placement
         _log_placement(placement)
-        quantized, quantization, trials = self._improved(calibrated, context)
-        ranges = {
-            "data": _calibration_data(context).fingerprint("calibration"),
-            "samples": calibrated.samples,
-            "tensors": _ranges(quantization),
-        }
-        return quantized.with_record("ranges", ranges).with_record(
+        quantized, trials = self._improved(calibrated, context)
+        ranking = calibrated.ranges.ranking
+        return quantized.with_record("ranges", calibrated.ranges.document()).with_record(
             "quantization",
             {
                 "policy": asdict(calibrated.policy),
-                "method": next(iter(calibrated.ranking), self.calibrate.method),
-                "sqnr_by_method": dict(calibrated.ranking),
+                "method": next(iter(ranking), self.calibrate.method),
+                "sqnr_by_method": dict(ranking),
                 "int8": list(placement.int8),
                 "float": dict(placement.kept_float),
                 "algorithms": [asdict(trial) for trial in calibrated.trials + trials],
@@ -153,7 +179,7 @@ class QuantizeInt8(OnnxPass):
     def _improves(self) -> bool:
         return self.smooth or self.correct_bias or self.round != "nearest"
 
-    def _improved(self, calibrated: Calibrated, context: Context) -> tuple[OnnxModel, Quantization, tuple[Trial, ...]]:
+    def _improved(self, calibrated: Calibrated, context: Context) -> tuple[OnnxModel, tuple[Trial, ...]]:
         model, policy, first = calibrated.model, calibrated.policy, calibrated.first
         best = calibrated.quantization, write(model, calibrated.quantization)
         steps: dict[str, Callable[[Quantization], Quantization]] = {}
@@ -162,7 +188,7 @@ class QuantizeInt8(OnnxPass):
         if self.correct_bias:
             steps["correct_bias"] = lambda q: correct_biases(model, q, policy, first, context.threads)
         if not steps:
-            return best[1], best[0], ()
+            return best[1], ()
         judge = Judge(model, calibrated.held_out, policy, context.threads)
         error, trials = judge.error(best[1]), []
         for name, step in steps.items():
@@ -170,7 +196,7 @@ class QuantizeInt8(OnnxPass):
             written = write(model, improved)
             best, error, trial = keep_better(name, (best, error), ((improved, written), judge.error(written)))
             trials.append(trial)
-        return best[1], best[0], tuple(trials)
+        return best[1], tuple(trials)
 
     def ensures(self, before: OnnxModel, after: OnnxModel, context: Context) -> None:
         """The target can take every Q/DQ pair, nothing that was promised runs in float, and outputs are finite."""
@@ -207,13 +233,6 @@ def _calibration_data(context: Context) -> Data:
             "give each a split of its own in the data spec"
         )
     return context.data
-
-
-def _ranges(quantization: Quantization) -> dict[str, Any]:
-    return {
-        name: {"scale": float(scale.scale), "zero_point": scale.zero_point, "dtype": scale.dtype}
-        for name, scale in sorted(quantization.activations.items())
-    }
 
 
 def _log_placement(placement: Placement) -> None:

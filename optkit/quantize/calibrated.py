@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from optkit.models import OnnxModel
 from optkit.quantize.placement import place
 from optkit.quantize.qdq import Quantization
+from optkit.quantize.ranges import Ranges
 from optkit.quantize.trial import Trial
 from optkit.targets.base import Int8Policy
 
@@ -24,20 +25,18 @@ class Calibrated:
         model: the float model, its nodes named, smoothed where that helped.
         policy: what the target wants.
         quantization: the placement, and the scale of everything in it.
-        samples: how many samples were observed.
-        first: the first of them, for algorithms that need tensors and not ranges.
+        ranges: the scales of activations as they are saved, and what they were found from.
+        first: the first samples that were observed, for algorithms that need tensors and not ranges.
         held_out: samples that were not observed, to choose by.
-        ranking: the SQNR of each range method in dB, the chosen one first; empty if there was nothing to choose.
         trials: what was tried so far.
     """
 
     model: OnnxModel
     policy: Int8Policy
     quantization: Quantization
-    samples: int
+    ranges: Ranges
     first: Sequence[Batch]
     held_out: Sequence[Batch]
-    ranking: Mapping[str, float]
     trials: tuple[Trial, ...]
 
     def without(self, exclude: Sequence[str]) -> Calibrated:

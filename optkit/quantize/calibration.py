@@ -42,6 +42,9 @@ class Calibration(Strict):
     """How many samples of the calibration split."""
     batch_size: int = Field(default=32, ge=1)
     """How many samples are run at a time at most; fewer where their tensors would take more than 256 MiB."""
+    ranges: str | None = None
+    """A bundle, or a ``ranges.json``, whose ranges are used again instead of observing; it must have been made from the
+    same model, samples and settings. Relative to the recipe."""
 
     def candidates(self) -> tuple[tuple[RangeMethod, float], ...]:
         """The methods to choose from, with their percentiles; as a rule each clips more than the one before it."""

@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from optkit.models import OnnxModel
+from optkit.quantize.dynamic import DynamicWriter
 from optkit.quantize.initializers import add_initializer, drop_unused_initializers, operand
-from optkit.quantize.placement.draft import Placement, Use
-from optkit.quantize.placement.graph import constant
+from optkit.quantize.placement.draft import RECURRENT, Placement, Use
+from optkit.quantize.placement.graph import constant, stacked
 from optkit.quantize.saturation import pair_reach
 from optkit.quantize.scales import QuantizedWeight, Scale, WeightMethod, quantize_weight
 from optkit.targets.base import Int8Policy
@@ -58,7 +59,7 @@ def quantize_weights(
         if Use(use.node, 2) in placement.biases:
             bias = np.abs(operand(node, 2).astype(np.float64))
             smallest = bias / (_INT32_ROOM * float(_input_scale(node, activations).scale))
-        weight = operand(node, use.position)
+        weight = stacked(node, operand(node, use.position))
         if policy.sums_in_16_bits:
             smallest = np.maximum(smallest, pair_reach(node, weight) / 127)
         weights[use] = quantize_weight(weight, axis, method, smallest)
@@ -75,7 +76,8 @@ def write(model: OnnxModel, quantization: Quantization) -> OnnxModel:
     """The quantized model.
 
     Weights become INT8 initializers behind a DequantizeLinear, biases INT32 ones where the placement says so, and
-    activations get one Q/DQ pair that all of their quantized uses share.
+    activations get one Q/DQ pair that all of their quantized uses share. Nodes that quantize dynamically are written by
+    ``DynamicWriter``.
     """
     written = model.clone()
     writer = _Writer(written.ir.graph, quantization)
@@ -91,6 +93,7 @@ class _Writer:
     def __init__(self, graph: ir.Graph, quantization: Quantization) -> None:
         self._graph = graph
         self._quantization = quantization
+        self._dynamic = DynamicWriter(graph, quantization.weights)
         self._uses: dict[str, list[tuple[ir.Node, int]]] = {}
         nodes = {node.name: node for node in graph}
         for use in sorted(quantization.placement.inputs):
@@ -99,8 +102,11 @@ class _Writer:
             self._uses.setdefault(value.name, []).append((nodes[use.node], use.position))
 
     def constants(self, node: ir.Node) -> None:
-        """Put the node's weight and bias behind a DequantizeLinear, or replace a float bias that was corrected."""
+        """Write the node's weight and bias as they are stored, or replace a float bias that was corrected."""
         placement, name = self._quantization.placement, node.name or ""
+        if name in placement.dynamic:
+            self._dynamic.write(node, self._bias(node))
+            return
         weight = self._quantization.weights.get(Use(name, 1))
         if weight is None:
             self._added(node)
@@ -126,6 +132,8 @@ class _Writer:
         corrected = self._quantization.biases.get(node.name or "")
         if corrected is not None:
             return corrected
+        if node.op_type in RECURRENT:
+            return None  # it stays an input of the node
         return operand(node, 2) if len(node.inputs) > 2 and node.inputs[2] is not None else None
 
     def _dequantized(self, node: ir.Node, index: int, stored: QuantizedWeight) -> ir.Value:

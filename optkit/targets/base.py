@@ -34,6 +34,8 @@ class Int8Policy:
         rules: names of the placement rules, in order (``quantize/placement``).
         bias: whether biases are INT32 behind a DequantizeLinear, or stay float.
         float_type: the precision that layers left out of INT8 run in.
+        dynamic: names of the placement rules where the ranges of activations are found at each call; none if the
+            target has no kernels for that.
         sums_in_16_bits: whether kernels add two products of UINT8 and INT8 in 16 bits, which weights must not fill.
     """
 
@@ -42,11 +44,16 @@ class Int8Policy:
     rules: tuple[str, ...]
     bias: Literal["int32", "float"] = "float"
     float_type: Literal["float32", "float16"] = "float32"
+    dynamic: tuple[str, ...] = ()
     sums_in_16_bits: bool = False
 
 
 ORT_CPU = Int8Policy(
-    "uint8", False, ("conv_in_out", "linear_inputs", "add_both_sides", "pool_in_out", "pass_through"), bias="int32"
+    "uint8",
+    False,
+    ("conv_in_out", "linear_inputs", "add_both_sides", "pool_in_out", "pass_through"),
+    bias="int32",
+    dynamic=("dynamic_inputs", "dynamic_recurrent"),
 )
 """ONNX Runtime's CPU kernels: QLinearConv forms only between quantized tensors, and U8S8 is the fast product."""
 

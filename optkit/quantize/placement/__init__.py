@@ -15,7 +15,9 @@ from optkit.models import OnnxModel
 from optkit.quantize.placement.add_both_sides import add_both_sides
 from optkit.quantize.placement.concat_one_scale import concat_one_scale
 from optkit.quantize.placement.conv_in_out import conv_in_out
-from optkit.quantize.placement.draft import WEIGHTED, Draft, Placement, Use
+from optkit.quantize.placement.draft import RECURRENT, WEIGHTED, Draft, Placement, Use
+from optkit.quantize.placement.dynamic_inputs import dynamic_inputs
+from optkit.quantize.placement.dynamic_recurrent import dynamic_recurrent
 from optkit.quantize.placement.head_float import head_float
 from optkit.quantize.placement.linear_inputs import linear_inputs
 from optkit.quantize.placement.pass_through import pass_through
@@ -36,6 +38,8 @@ RULES: Mapping[str, Callable[[ir.Node, Draft], bool]] = {
         add_both_sides,
         concat_one_scale,
         conv_in_out,
+        dynamic_inputs,
+        dynamic_recurrent,
         head_float,
         linear_inputs,
         pass_through,
@@ -66,7 +70,7 @@ def place(model: OnnxModel, policy: Int8Policy, exclude: Sequence[str] = ()) -> 
             continue
         if node.domain in ("", "ai.onnx"):
             any(RULES[name](node, draft) for name in policy.rules)
-        if node.op_type in WEIGHTED and node.name not in draft.int8 and node.name not in draft.kept_float:
+        if node.op_type in WEIGHTED | RECURRENT and node.name not in draft.int8 and node.name not in draft.kept_float:
             draft.keep_float(node, f"the target has no rule for {node.op_type}")
     return draft.finished()
 

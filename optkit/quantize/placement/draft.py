@@ -11,6 +11,9 @@ if TYPE_CHECKING:
 WEIGHTED = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul"})
 """The ops that INT8 is for: everything else is quantized, if at all, to stay between them."""
 
+RECURRENT = frozenset({"GRU", "LSTM", "RNN"})
+"""Ops with weights that only dynamic quantization may take."""
+
 # ONNX: which input is the weight of these ops, and which the bias
 _WEIGHT, _BIAS = 1, 2
 
@@ -29,6 +32,7 @@ class Placement:
     Attributes:
         inputs: activations that are quantized for one use only; the tensor stays float elsewhere.
         outputs: activations that are quantized for all of their uses, by name.
+        dynamic: names of the nodes that find the range of their activation at each call; no Q/DQ pair, no calibration.
         weights: constant operands with the axis of their scales.
         biases: constant operands that are stored as INT32, with scale(input 0) * scale(input 1).
         same_scale: tensor -> the tensor whose scale it takes over, because the op between them changes no value.
@@ -39,6 +43,7 @@ class Placement:
 
     inputs: frozenset[Use]
     outputs: frozenset[str]
+    dynamic: frozenset[str]
     weights: dict[Use, int]
     biases: frozenset[Use]
     same_scale: dict[str, str]
@@ -62,6 +67,7 @@ class Draft:
     opset: int = 20
     inputs: dict[Use, ir.Value] = field(default_factory=dict)
     outputs: dict[str, ir.Value] = field(default_factory=dict)
+    dynamic: set[str] = field(default_factory=set)
     weights: dict[Use, int] = field(default_factory=dict)
     biases: set[Use] = field(default_factory=set)
     same_scale: dict[str, str] = field(default_factory=dict)
@@ -76,6 +82,12 @@ class Draft:
         self.inputs[Use(node.name, index)] = value
         self.int8[node.name] = None
 
+    def quantize_at_run_time(self, node: ir.Node) -> None:
+        """Let a node quantize what it reads by the range that each call has."""
+        assert node.name is not None
+        self.dynamic.add(node.name)
+        self.int8[node.name] = None
+
     def quantize_output(self, value: ir.Value, same_scale_as: ir.Value | None = None) -> None:
         """Quantize a tensor for all of its uses."""
         assert value.name is not None
@@ -86,10 +98,12 @@ class Draft:
         if same_scale_as is not None and same_scale_as.name is not None:
             self.same_scale[value.name] = self.same_scale.get(same_scale_as.name, same_scale_as.name)
 
-    def quantize_weight(self, node: ir.Node, axis: int) -> None:
-        """Quantize the constant second operand, and the bias after it if the policy has it as INT32."""
+    def quantize_weight(self, node: ir.Node, axis: int, position: int = _WEIGHT) -> None:
+        """Quantize a constant operand, and the bias after the second one if the policy has it as INT32."""
         assert node.name is not None
-        self.weights[Use(node.name, _WEIGHT)] = axis
+        self.weights[Use(node.name, position)] = axis
+        if node.name in self.dynamic:
+            return  # without a scale of the activation there is none for an INT32 bias
         if self.int32_bias and len(node.inputs) > _BIAS and node.inputs[_BIAS] is not None:
             self.biases.add(Use(node.name, _BIAS))
 
@@ -109,6 +123,7 @@ class Draft:
         return Placement(
             inputs=frozenset(self.inputs),
             outputs=frozenset(self.outputs),
+            dynamic=frozenset(self.dynamic),
             weights=dict(self.weights),
             biases=frozenset(self.biases),
             same_scale={name: source for name, source in self.same_scale.items() if name in tensors},

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    import numpy as np
     import onnx_ir as ir
 
 ACTIVATIONS = frozenset({"Relu", "Clip"})
@@ -75,7 +76,12 @@ def attribute_float(node: ir.Node, name: str, default: float) -> float:
 
 
 def weight_axis(node: ir.Node) -> int:
-    """The axis of a weight that counts output channels."""
+    """The axis of a weight that counts output channels; an LSTM's weights are ``stacked`` first."""
     if node.op_type == "Gemm":
         return 0 if attribute(node, "transB", 0) else 1
-    return {"Conv": 0, "ConvTranspose": 1, "MatMul": 1}[node.op_type]
+    return {"Conv": 0, "ConvTranspose": 1, "LSTM": 0, "MatMul": 1}[node.op_type]
+
+
+def stacked(node: ir.Node, weight: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """A weight as it is quantized: an LSTM's [directions, gates, inputs] as one matrix, any other as it is."""
+    return weight.reshape(-1, weight.shape[-1]) if node.op_type == "LSTM" else weight

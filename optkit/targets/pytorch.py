@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from optkit.errors import CheckpointError
-from optkit.models import Feeds, TorchModel
+from optkit.models import Feeds, Signature, TorchModel
 from optkit.targets.base import Environment, check_feeds
 from optkit.targets.cpu import this_cpu
 
@@ -50,16 +50,8 @@ class TorchRunner:
         return samples
 
     def _call(self, feeds: Feeds) -> dict[str, np.ndarray[Any, Any]]:
-        import torch
-        from torch.utils import _pytree
-
-        given = self._module(*(_to_torch(feeds[spec.name]) for spec in self.signature.inputs))
-        # The exporter flattens outputs in the same way, so the order is that of the ONNX outputs
-        leaves = [leaf for leaf in _pytree.tree_leaves(given) if isinstance(leaf, torch.Tensor)]
-        names = [spec.name for spec in self.signature.outputs]
-        if len(leaves) != len(names):
-            raise CheckpointError(f"the module gives {len(leaves)} tensors, but its signature names {', '.join(names)}")
-        return {name: _to_numpy(leaf) for name, leaf in zip(names, leaves, strict=True)}
+        given = self._module(*(to_torch(feeds[spec.name]) for spec in self.signature.inputs))
+        return {name: to_numpy(tensor) for name, tensor in named_outputs(given, self.signature).items()}
 
     def close(self) -> None:
         """Release the module."""
@@ -79,6 +71,23 @@ def open_torch(model: TorchModel, threads: int = 1) -> TorchRunner:
     return TorchRunner(model, Environment(this_cpu().name, f"torch {torch.__version__}", {"threads": threads}), threads)
 
 
+def named_outputs(given: Any, signature: Signature) -> dict[str, torch.Tensor]:
+    """What a module gave, by the names of its signature.
+
+    Raises:
+        CheckpointError: it gave another number of tensors.
+    """
+    import torch
+    from torch.utils import _pytree
+
+    # The exporter flattens outputs in the same way, so the order is that of the ONNX outputs
+    leaves = [leaf for leaf in _pytree.tree_leaves(given) if isinstance(leaf, torch.Tensor)]
+    names = [spec.name for spec in signature.outputs]
+    if len(leaves) != len(names):
+        raise CheckpointError(f"the module gives {len(leaves)} tensors, but its signature names {', '.join(names)}")
+    return dict(zip(names, leaves, strict=True))
+
+
 @contextmanager
 def _inference(threads: int) -> Iterator[None]:
     """Inference mode on ``threads`` threads; the caller's number of threads comes back afterwards."""
@@ -93,7 +102,8 @@ def _inference(threads: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _to_torch(array: np.ndarray[Any, Any]) -> torch.Tensor:
+def to_torch(array: np.ndarray[Any, Any]) -> torch.Tensor:
+    """A tensor that shares the array's memory where PyTorch can."""
     import torch
 
     if not array.flags.writeable or any(stride < 0 for stride in array.strides):
@@ -103,7 +113,8 @@ def _to_torch(array: np.ndarray[Any, Any]) -> torch.Tensor:
     return torch.from_numpy(array)
 
 
-def _to_numpy(tensor: torch.Tensor) -> np.ndarray[Any, Any]:
+def to_numpy(tensor: torch.Tensor) -> np.ndarray[Any, Any]:
+    """An array of a CPU tensor's memory."""
     import torch
 
     if tensor.dtype == torch.bfloat16:

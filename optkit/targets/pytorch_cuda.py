@@ -11,7 +11,7 @@ from optkit.errors import UnavailableError
 from optkit.models import Feeds, TorchModel
 from optkit.targets import cuda
 from optkit.targets.base import Environment, check_feeds
-from optkit.targets.pytorch import _to_numpy, _to_torch
+from optkit.targets.pytorch import to_numpy, to_torch
 
 Mode: TypeAlias = Literal["eager", "graph", "compile"]
 
@@ -60,7 +60,7 @@ class TorchCudaRunner:
         check_feeds(self.signature, feeds)
         with torch.inference_mode():
             outputs = self._call(self._inputs(feeds))
-        return {name: _to_numpy(output.float().cpu()) for name, output in zip(self._names(), outputs, strict=True)}
+        return {name: to_numpy(output.float().cpu()) for name, output in zip(self._names(), outputs, strict=True)}
 
     def time(self, feeds: Feeds, rounds: int) -> np.ndarray[Any, Any]:
         """Seconds of each of ``rounds`` calls, on inputs that lie on the GPU."""
@@ -89,7 +89,7 @@ class TorchCudaRunner:
     def _inputs(self, feeds: Feeds) -> list[Any]:
         import torch
 
-        tensors = [_to_torch(feeds[spec.name]).cuda() for spec in self.signature.inputs]
+        tensors = [to_torch(feeds[spec.name]).cuda() for spec in self.signature.inputs]
         if not self._channels_last:
             return tensors
         return [t.contiguous(memory_format=torch.channels_last) if t.ndim == 4 else t for t in tensors]

@@ -4,21 +4,24 @@ from __future__ import annotations
 
 import itertools
 import logging
-from collections.abc import Callable
-from dataclasses import asdict
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
 from optkit.context import Context
+from optkit.data import Batch
 from optkit.errors import DataError, PostconditionError, PreconditionError
 from optkit.models import OnnxModel
 from optkit.passes.base import OnnxPass
+from optkit.passes.graph_edit import sample_feeds
 from optkit.quantize.bias_correction import correct_biases
 from optkit.quantize.calibrated import Calibrated
 from optkit.quantize.calibration import Calibration, Split, choose, scales
 from optkit.quantize.linter import lint
+from optkit.quantize.macs import int8_share
 from optkit.quantize.measure import Judge, outputs_of
 from optkit.quantize.observers import observe
 from optkit.quantize.placement import Placement, name_nodes, place
@@ -45,9 +48,12 @@ _PROMISES = frozenset({"W8", "W9"})
 
 
 class QuantizeInt8(OnnxPass):
-    """Weights become INT8, and the activations that the target's policy names get Q/DQ pairs."""
+    """Weights become INT8, and so do the activations that the target's policy names."""
 
     use: Literal["quantize_int8"] = "quantize_int8"
+    activations: Literal["static", "dynamic"] = "static"
+    """``static``: calibration finds the ranges of activations, and Q/DQ pairs hold them. ``dynamic``: products and LSTMs
+    find them at each call; convolutions stay in float, and no data is needed."""
     calibrate: Calibration = Calibration()
     """How the ranges of activations are found."""
     weights: WeightMethod = "max"
@@ -69,9 +75,8 @@ class QuantizeInt8(OnnxPass):
         return self.model_copy(update={"calibrate": found})
 
     def requires(self, model: OnnxModel, context: Context) -> None:
-        """Calibration data, a target that has INT8, and a float model of opset 13 or later."""
-        _policy(context)
-        _calibration_data(context)
+        """A target that has INT8, calibration data if that is static, and a float model of opset 13 or later."""
+        self._data(self._policy(context), context)
         quantized = next((node for node in model.ir.graph.all_nodes() if node.op_type in _QUANTIZED_OPS), None)
         if quantized is not None:
             raise PreconditionError(
@@ -93,24 +98,28 @@ class QuantizeInt8(OnnxPass):
             PreconditionError: nothing of the model can be quantized for the target.
             DataError: the calibration split is empty or does not fit the model.
         """
-        policy, data = _policy(context), _calibration_data(context)
+        policy = self._policy(context)
+        data = self._data(policy, context)
         named = model.clone()
         name_nodes(named)
         placement = place(named, policy, self.exclude)
         if not placement.weights:
             reasons = "; ".join(f"{node}: {why}" for node, why in list(placement.kept_float.items())[:5])
-            raise PreconditionError(f"nothing to quantize ({reasons or 'the model has no convolution or product'})")
+            raise PreconditionError(f"nothing to quantize ({reasons or 'the model has no layer with weights'})")
         samples = Split(holds_out=self.calibrate.method == "auto" or self._improves)
         size = batch_size(named, placement, self.calibrate.batch_size)
-        stream = samples.observe(calibration_batches(named, data, size, self.calibrate.samples))
+        stream = samples.observe(_batches(named, data, size, self.calibrate.samples))
         ahead = samples.read_ahead(stream)
         named, trials = self._smoothed(named, placement, policy, samples, size, context)
         placement = place(named, policy, self.exclude) if trials else placement
         # Too few batches to hold one out: what is observed has to do
-        held_out = samples.held_out or list(calibration_batches(named, data, size, size))
+        held_out = samples.held_out or list(_batches(named, data, size, size))
         origin = self._origin(model, policy, data)
         if self.calibrate.ranges is not None:
             ranges = load(self.calibrate.ranges, origin)
+            quantization = self._with_ranges(named, placement, policy, ranges)
+        elif not placement.observed:
+            ranges = Ranges(origin, samples.observed, {}, {})
             quantization = self._with_ranges(named, placement, policy, ranges)
         else:
             batches = context.progress(itertools.chain(ahead, stream), "calibrating")
@@ -121,10 +130,11 @@ class QuantizeInt8(OnnxPass):
             ranges = Ranges(origin, samples.observed, ranking, quantization.activations)
         return Calibrated(named, policy, quantization, ranges, samples.first, held_out, trials)
 
-    def _origin(self, model: OnnxModel, policy: Int8Policy, data: Data) -> dict[str, Any]:
+    def _origin(self, model: OnnxModel, policy: Int8Policy, data: Data | None) -> dict[str, Any]:
         """What the ranges depend on."""
         settings = {**self.calibrate.model_dump(exclude={"ranges"}), "smooth": self.smooth, **asdict(policy)}
-        return {"model": digest(model), "data": data.fingerprint("calibration"), "settings": settings}
+        found = None if data is None else data.fingerprint("calibration")
+        return {"model": digest(model), "data": found, "settings": settings}
 
     def _with_ranges(self, model: OnnxModel, placement: Placement, policy: Int8Policy, ranges: Ranges) -> Quantization:
         missing = sorted(placement.tensors - ranges.activations.keys())
@@ -148,6 +158,7 @@ class QuantizeInt8(OnnxPass):
                 "policy": asdict(calibrated.policy),
                 "method": next(iter(ranking), self.calibrate.method),
                 "sqnr_by_method": dict(ranking),
+                "int8_macs": int8_share(calibrated.model, placement),
                 "int8": list(placement.int8),
                 "float": dict(placement.kept_float),
                 "algorithms": [asdict(trial) for trial in calibrated.trials + trials],
@@ -159,7 +170,7 @@ class QuantizeInt8(OnnxPass):
     ) -> tuple[OnnxModel, tuple[Trial, ...]]:
         if not self.smooth or not samples.held_out:
             return model, ()
-        again = calibration_batches(model, _calibration_data(context), size, self.calibrate.samples)
+        again = _batches(model, context.data, size, self.calibrate.samples)
         smoothed = smooth(model, placement, policy, Split(holds_out=True).observe(again), context.threads)
         if smoothed is model:
             return model, ()
@@ -187,7 +198,7 @@ class QuantizeInt8(OnnxPass):
             steps["round"] = lambda q: round_weights(model, q, first, context.seed, context.threads)
         if self.correct_bias:
             steps["correct_bias"] = lambda q: correct_biases(model, q, policy, first, context.threads)
-        if not steps:
+        if not steps or not calibrated.held_out:
             return best[1], ()
         judge = Judge(model, calibrated.held_out, policy, context.threads)
         error, trials = judge.error(best[1]), []
@@ -203,24 +214,41 @@ class QuantizeInt8(OnnxPass):
         promised = set(after.records["quantization"]["int8"])
         broken = [
             finding
-            for finding in lint(after, _policy(context))
+            for finding in lint(after, self._policy(context))
             if finding.is_error or (finding.rule in _PROMISES and finding.node in promised)
         ]
         if broken:
             raise PostconditionError("the linter objects to what was written: " + "; ".join(map(str, broken[:5])))
-        batches = list(calibration_batches(after, _calibration_data(context), size=1, limit=4))
+        batches = list(_batches(after, context.data, size=1, limit=4))
+        batches = batches or [Batch(sample_feeds(after.signature, context), None)]
         for name, array in outputs_of(after, batches, context.threads)[0].items():
             if not np.isfinite(array).all():
                 raise PostconditionError(f"output {name!r} of the quantized model is not finite: is the float one's?")
 
+    def _policy(self, context: Context) -> Int8Policy:
+        policy = context.target.dialect.int8
+        if policy is None:
+            raise PreconditionError(
+                f"the target {context.target.name!r} has no INT8: choose another target, or drop quantize_int8"
+            )
+        if self.activations == "static":
+            return policy
+        if not policy.dynamic:
+            raise PreconditionError(
+                f"the target {context.target.name!r} has no kernels that find ranges at each call: "
+                "set `activations: static`"
+            )
+        return replace(policy, rules=policy.dynamic)
 
-def _policy(context: Context) -> Int8Policy:
-    policy = context.target.dialect.int8
-    if policy is None:
-        raise PreconditionError(
-            f"the target {context.target.name!r} has no INT8: choose another target, or drop quantize_int8"
-        )
-    return policy
+    def _data(self, policy: Int8Policy, context: Context) -> Data | None:
+        """Calibration samples; None where there are none, and dynamic quantization can do without."""
+        if context.data is None and policy.rules == policy.dynamic:
+            return None
+        return _calibration_data(context)
+
+
+def _batches(model: OnnxModel, data: Data | None, size: int, limit: int) -> Iterator[Batch]:
+    return iter(()) if data is None else calibration_batches(model, data, size, limit)
 
 
 def _calibration_data(context: Context) -> Data:

@@ -11,22 +11,18 @@ cancel out, and then a gain is negative.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from optkit.context import Context
 from optkit.errors import PreconditionError
-from optkit.models import Signature
 from optkit.quantize.calibrated import Calibrated
+from optkit.quantize.macs import macs
 from optkit.quantize.measure import Judge, decibels
-from optkit.quantize.placement.graph import constant
 from optkit.quantize.qdq import write
 
 if TYPE_CHECKING:
-    import onnx_ir as ir
-
     from optkit.data import Batch
 
 JUDGED = 16
@@ -109,16 +105,3 @@ def _few(batches: Sequence[Batch]) -> list[Batch]:
 
 def _sqnr(judge: Judge, calibrated: Calibrated) -> float:
     return max(_LEAST_SQNR, decibels(judge.error(write(calibrated.model, calibrated.quantization))))
-
-
-def macs(node: ir.Node, signature: Signature) -> int | None:
-    """Multiplications for one sample: a weight times the positions of the output, or of the input to ConvTranspose."""
-    weight = constant(node.inputs[1])
-    value = node.inputs[0] if node.op_type == "ConvTranspose" else node.outputs[0]
-    if weight is None or value is None or value.shape is None:
-        return None
-    sizes = signature.sizes(**({signature.batch: 1} if signature.batch else {}))
-    dims = [dim if isinstance(dim, int) else sizes.get(str(dim.value)) for dim in value.shape]
-    del dims[1 if node.op_type.startswith("Conv") else -1]  # channels
-    known = [dim for dim in dims if dim is not None]
-    return math.prod(known) * math.prod(weight.numpy().shape) if len(known) == len(dims) else None

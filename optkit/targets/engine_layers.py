@@ -103,6 +103,19 @@ def _nodes_in(text: str, names: Sequence[str]) -> tuple[str, ...]:
     return tuple(name for name in names if name in tokens)
 
 
+def nodes_of_layers(names: Iterable[str], records: Mapping[str, Any], model: OnnxModel) -> dict[str, tuple[str, ...]]:
+    """The ONNX nodes of layers by name: what the inspector told when the engine was built, else what a name says.
+
+    Args:
+        names: of layers, as TensorRT's profiler has them.
+        records: of the engine, with the ``inspector``'s summary in them if there is one.
+        model: what the engine was built from.
+    """
+    inspected = {layer["name"]: tuple(layer["nodes"]) for layer in records.get("inspector", {}).get("layers", ())}
+    known = [str(node.name) for node in model.ir.graph if node.name]
+    return {name: inspected.get(name) or _nodes_in(name, known) for name in names}
+
+
 def summary(layers: Sequence[Layer], model: OnnxModel) -> dict[str, Any]:
     """How many layers compute in each precision, how many only reformat, and which nodes fell back to float."""
     computing = [layer for layer in layers if not layer.reformats]

@@ -6,6 +6,7 @@ import tempfile
 import time
 from collections import Counter
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -16,6 +17,7 @@ from optkit.errors import BuildError, PassError, UnavailableError, UsageError
 from optkit.models import Engine, Feeds, OnnxModel, Signature
 from optkit.targets.base import ORT_CPU, Availability, Dialect, Environment, Target, check_feeds, quote
 from optkit.targets.cpu import this_cpu
+from optkit.targets.onnxruntime_profiler import OrtProfiler
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -210,6 +212,11 @@ class OnnxRuntimeTarget(Target):
                 "build it again on this machine, or with `optimization: extended`, which runs on every processor"
             )
         return OrtRunner(session, engine.signature, self.environment(threads))
+
+    def profiler(self, engine: Engine, model: OnnxModel, threads: int) -> OrtProfiler:
+        """Open a saved engine for profiling: it is run as ``open`` runs it, under ONNX Runtime's profiler."""
+        as_built = self.model_copy(update={"optimization": "none"})
+        return OrtProfiler(engine, model, partial(as_built.session_options, threads))
 
     def versions(self) -> dict[str, str]:
         """The version of onnxruntime, if it is installed."""

@@ -15,7 +15,7 @@ from optkit.errors import OptkitError
 from optkit.models import Engine, OnnxModel
 from optkit.targets import cuda, engine_layers, tensorrt_plan
 from optkit.targets.base import TENSORRT, WEAK_TYPES, Availability, Dialect, Target
-from optkit.targets.tensorrt_runner import TensorRtRunner
+from optkit.targets.tensorrt_runner import TensorRtProfiler, TensorRtRunner
 from optkit.targets.worker_client import PYTHON_VARIABLE, probe, worker_python
 
 MODULE = "tensorrt"
@@ -145,6 +145,11 @@ class TensorRtTarget(Target):
         """Open the plan in a worker process."""
         settings = {"tf32": self.tf32, "cuda_graph": self.cuda_graph}
         return TensorRtRunner(engine, MODULE, self.timeout, self.cuda_graph, settings)
+
+    def profiler(self, engine: Engine, model: OnnxModel, threads: int) -> TensorRtProfiler:
+        """Open the plan in a worker process for profiling, without CUDA graphs, which have no layers to time."""
+        settings = {"tf32": self.tf32, "cuda_graph": False}
+        return TensorRtProfiler(TensorRtRunner(engine, MODULE, self.timeout, False, settings), engine, model)
 
     def versions(self) -> dict[str, str]:
         """The version of TensorRT and the GPU, if the worker's Python has the one and this machine the other."""

@@ -8,9 +8,11 @@ from typing import Any
 import numpy as np
 
 from optkit.errors import PassError, UnavailableError, UsageError
-from optkit.models import Engine, Feeds
+from optkit.models import Engine, Feeds, OnnxModel
 from optkit.targets import cuda
 from optkit.targets.base import Environment, check_feeds
+from optkit.targets.engine_layers import nodes_of_layers
+from optkit.targets.profiling import LayerTime
 from optkit.targets.worker_client import Worker
 
 _CANNOT_LOAD = (
@@ -91,6 +93,27 @@ class TensorRtRunner:
         if "error" in reply:
             raise _failure(reply, self._worker.log())
         return reply
+
+
+class TensorRtProfiler:
+    """The layers of an open engine with the ONNX nodes that they compute."""
+
+    def __init__(self, runner: TensorRtRunner, engine: Engine, model: OnnxModel) -> None:
+        self._runner = runner
+        self._engine = engine
+        self._model = model
+
+    def layers(self, feeds: Feeds, calls: int) -> tuple[LayerTime, ...]:
+        """The median time of every layer."""
+        told = {layer["name"]: layer["seconds"] for layer in self._runner.profile(feeds, calls)}
+        nodes = nodes_of_layers(told, self._engine.records, self._model)
+        return tuple(LayerTime(name, nodes[name], seconds) for name, seconds in told.items())
+
+    def __enter__(self) -> TensorRtProfiler:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._runner.close()
 
 
 def _failure(reply: Mapping[str, Any], log: str) -> PassError | UsageError:

@@ -55,6 +55,14 @@ def test_tells_islands(onnx_model):
     assert told["islands"] == ["product"]
 
 
+def test_finds_the_nodes_of_layers_by_what_was_inspected_or_by_their_names(onnx_model):
+    model = onnx_model(QDQ)
+    records = {"inspector": engine_layers.summary(engine_layers.read_layers({"Layers": [LAYER_11]}, model), model)}
+    names = ["gemm_7", "product + relu", "Reformatting CopyNode for Input Tensor 0 to product + relu", "elsewhere"]
+    both = ("product", "relu")
+    assert engine_layers.nodes_of_layers(names, records, model) == dict(zip(names, (both, both, both, ()), strict=True))
+
+
 def test_a_precision_that_is_missing_is_an_error(onnx_model):
     model = onnx_model(QDQ)
     engine_layers.prove(engine_layers.read_layers({"Layers": [LAYER_8]}, model), model, ["FP16", "INT8"])

@@ -52,8 +52,8 @@ class QuantizeInt8(OnnxPass):
 
     use: Literal["quantize_int8"] = "quantize_int8"
     activations: Literal["static", "dynamic"] = "static"
-    """``static``: calibration finds the ranges of activations, and Q/DQ pairs hold them. ``dynamic``: products and LSTMs
-    find them at each call; convolutions stay in float, and no data is needed."""
+    """``static``: calibration finds the ranges of activations, and Q/DQ pairs hold them. ``dynamic``: products and
+    LSTMs find them at each call; convolutions stay in float, and no data is needed."""
     calibrate: Calibration = Calibration()
     """How the ranges of activations are found."""
     weights: WeightMethod = "max"

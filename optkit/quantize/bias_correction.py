@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from optkit.models import OnnxModel
-from optkit.quantize.placement.draft import Placement, Use
+from optkit.quantize.placement.draft import RECURRENT, Placement, Use
 from optkit.quantize.placement.graph import constant, only_consumer
 from optkit.quantize.qdq import Quantization, write
 from optkit.quantize.walk import walk
@@ -82,8 +82,10 @@ class _Sum:
 
 
 def _sum(model: OnnxModel, name: str) -> _Sum | None:
-    """None for a product whose bias is nowhere to be found."""
+    """None for a product whose bias is nowhere to be found, and for an LSTM, whose biases are inside."""
     node = model.ir.graph.node(name)
+    if node.op_type in RECURRENT:
+        return None
     if node.op_type == "MatMul":
         return _sum_behind(node)
     bias = constant(node.inputs[2]) if len(node.inputs) > 2 else None
@@ -119,4 +121,5 @@ def _with_biases(quantization: Quantization, layers: Iterable[_Sum], policy: Int
     placement = quantization.placement
     if policy.bias != "int32":
         return placement
-    return replace(placement, biases=placement.biases | {Use(layer.node, 2) for layer in layers if layer.weighted})
+    static = (layer.node for layer in layers if layer.weighted and layer.node not in placement.dynamic)
+    return replace(placement, biases=placement.biases | {Use(node, 2) for node in static})

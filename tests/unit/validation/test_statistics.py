@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from optkit.validation.statistics import (
+    median_of_rounds,
     paired_metric,
     paired_proportions,
     paired_scores,
@@ -177,6 +178,19 @@ def test_rounds_are_resampled_and_not_calls():
     baseline = [np.full(5000, level) for level in levels]
     ratio = ratio_of_rounds(baseline, [np.ones(5000)] * 20, 0.95, rng)
     assert ratio.high / ratio.low > 1.1
+
+
+def test_the_interval_of_a_median_holds_the_truth_and_drift_widens_it():
+    rng, held, trials = np.random.default_rng(4), 0, 120
+    for _ in range(trials):
+        found = median_of_rounds(_rounds(rng, 1e-3), 0.95, rng)
+        held += found.low <= 1e-3 <= found.high
+    assert held / trials >= 0.9
+    steady = _rounds(rng, 1e-3)
+    drifting = [d * turn for d, turn in zip(np.linspace(1, 2, 20), steady, strict=True)]
+    narrow, wide = (median_of_rounds(rounds, 0.95, np.random.default_rng(5)) for rounds in (steady, drifting))
+    assert wide.high - wide.low > 5 * (narrow.high - narrow.low)
+    assert not median_of_rounds(steady[:5], 0.95, rng).reliable
 
 
 @pytest.mark.parametrize(("rounds", "reliable"), [(2, False), (5, False), (6, True)])

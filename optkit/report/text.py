@@ -24,11 +24,11 @@ def _verdict(document: Document) -> Iterator[str]:
         return
     yield f"{document.get('recipe', 'report')}: {verdict['status'].upper()}"
     for reason in verdict["reasons"]:
-        yield from _wrapped(reason)
+        yield from wrapped(reason)
     candidate = document.get("candidate", {})
     if candidate.get("why_not"):
-        yield from _wrapped(f"The engine did not run on this machine: {candidate['why_not']}")
-        yield from _wrapped(f"What was validated instead: {candidate['what']}.")
+        yield from wrapped(f"The engine did not run on this machine: {candidate['why_not']}")
+        yield from wrapped(f"What was validated instead: {candidate['what']}.")
 
 
 def _accuracy(document: Document) -> Iterator[str]:
@@ -37,7 +37,7 @@ def _accuracy(document: Document) -> Iterator[str]:
         return
     yield f"Accuracy: {accuracy['metric']} on {accuracy['n']} samples"
     if accuracy["broken"]:
-        yield from _wrapped(accuracy["broken"])
+        yield from wrapped(accuracy["broken"])
         return
     confidence = f"{100 * accuracy['confidence']:g} % interval"
     baselines = {accuracy["reference"]: {**accuracy, "score": accuracy["baseline"]}, **accuracy["others"]}
@@ -46,10 +46,10 @@ def _accuracy(document: Document) -> Iterator[str]:
         for name, found in baselines.items()
     ]
     rows.append([document["candidate"]["name"], _points(accuracy["candidate"]), "", ""])
-    yield from _table(["", "score", "drop of the candidate", confidence], rows)
+    yield from table(["", "score", "drop of the candidate", confidence], rows)
     yield f"  ({accuracy['method']})"
     outputs = [[name, *_error(error)] for name, error in accuracy["per_output"].items()]
-    yield from _table([f"output, against {accuracy['reference']}", "SQNR dB", "cosine", "max error"], outputs)
+    yield from table([f"output, against {accuracy['reference']}", "SQNR dB", "cosine", "max error"], outputs)
 
 
 def _search(document: Document) -> Iterator[str]:
@@ -69,9 +69,9 @@ def _search(document: Document) -> Iterator[str]:
         ]
         for point in search["points"]
     ]
-    yield from _table(["layers", "MACs in INT8", "drop", "interval", "accuracy", "p50 ms", ""], rows)
+    yield from table(["layers", "MACs in INT8", "drop", "interval", "accuracy", "p50 ms", ""], rows)
     if search["excluded"]:
-        yield from _wrapped(f"In float: {', '.join(search['excluded'])}")
+        yield from wrapped(f"In float: {', '.join(search['excluded'])}")
 
 
 def _stages(document: Document) -> Iterator[str]:
@@ -85,7 +85,7 @@ def _stages(document: Document) -> Iterator[str]:
         wanted = f"{stage['tolerance']['sqnr_db']:g} dB, {stage['tolerance']['cosine']:g}"
         within = {True: "yes", False: "NO", None: "-"}[stage["within"]]
         rows.append([stage["name"], stage["precision"], *error, wanted, within])
-    yield from _table(["stage", "precision", "SQNR dB", "cosine", "max error", "tolerance", "within"], rows)
+    yield from table(["stage", "precision", "SQNR dB", "cosine", "max error", "tolerance", "within"], rows)
 
 
 def _latency(document: Document) -> Iterator[str]:
@@ -96,19 +96,19 @@ def _latency(document: Document) -> Iterator[str]:
     shown = ", ".join(f"{dim} {size}" for dim, size in sizes.items())
     yield f"Latency in ms: {shown}, {latency['feeds']}, {latency['rounds']} interleaved rounds"
     rows = [[name, *_timing(timed)] for name, timed in latency["runners"].items()]
-    yield from _table(["", "p50", "p90", "p95", "p99", "mean", "CoV", "samples/s", "calls"], rows)
+    yield from table(["", "p50", "p90", "p95", "p99", "mean", "CoV", "samples/s", "calls"], rows)
     candidate = document["candidate"]["name"]
     if candidate not in latency["runners"]:
         yield "  the engine was not timed: it did not run here"
     for name, ratio in latency["ratios"].items():
         found = f"{ratio['ratio']:.2f} times as fast as {name}, {_interval(ratio['interval'], 2)}: {ratio['verdict']}"
-        yield from _wrapped(f"{candidate}: {found}")
+        yield from wrapped(f"{candidate}: {found}")
     where: dict[str, list[str]] = {}
     for name, timed in latency["runners"].items():
         settings = "".join(f", {key} {value}" for key, value in timed["settings"].items())
         where.setdefault(f"{timed['runtime']} on {timed['device']}{settings}", []).append(name)
     for described, names in where.items():
-        yield from _wrapped(f"{', '.join(names)}: {described}")
+        yield from wrapped(f"{', '.join(names)}: {described}")
     load = latency["load_average"]
     if load["before"] is not None:
         yield f"  load average {load['before']:.1f} before, {load['after']:.1f} after"
@@ -117,7 +117,7 @@ def _latency(document: Document) -> Iterator[str]:
 def _passes(document: Document) -> Iterator[str]:
     passes = document.get("passes")
     if passes:
-        yield from _wrapped("Passes: " + ", ".join(f"{step['name']} {step['seconds']:.1f} s" for step in passes), "")
+        yield from wrapped("Passes: " + ", ".join(f"{step['name']} {step['seconds']:.1f} s" for step in passes), "")
 
 
 def _warnings(document: Document) -> Iterator[str]:
@@ -126,10 +126,10 @@ def _warnings(document: Document) -> Iterator[str]:
         return
     yield "Warnings"
     for warning in warnings:
-        yield from _wrapped(f"- {warning}")
+        yield from wrapped(f"- {warning}")
 
 
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[str]:
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[str]:
     """Columns as wide as their widest cell; the first to the left, the others to the right."""
     if not rows:
         return
@@ -140,7 +140,7 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[str
         yield "  " + "  ".join(cells).rstrip()
 
 
-def _wrapped(text: str, indent: str = "  ") -> list[str]:
+def wrapped(text: str, indent: str = "  ") -> list[str]:
     return textwrap.wrap(text, WIDTH, initial_indent=indent, subsequent_indent=indent + "  ", break_on_hyphens=False)
 
 

@@ -14,7 +14,7 @@ Document = Mapping[str, Any]
 def render(document: Document) -> str:
     """The summary of a report: verdict, accuracy, stages, latency, warnings; of parts that are missing, nothing."""
     parts = (_verdict, _accuracy, _search, _stages, _latency, _passes, _warnings)
-    blocks = ["\n".join(_fit(line) for line in part(document)) for part in parts]
+    blocks = ["\n".join(fitted(line) for line in part(document)) for part in parts]
     return "\n\n".join(block for block in blocks if block) + "\n"
 
 
@@ -42,7 +42,7 @@ def _accuracy(document: Document) -> Iterator[str]:
     confidence = f"{100 * accuracy['confidence']:g} % interval"
     baselines = {accuracy["reference"]: {**accuracy, "score": accuracy["baseline"]}, **accuracy["others"]}
     rows = [
-        [name, _points(found["score"]), _points(found["drop_points"], 1), _interval(found["interval"], 2)]
+        [name, _points(found["score"]), _points(found["drop_points"], 1), interval(found["interval"], 2)]
         for name, found in baselines.items()
     ]
     rows.append([document["candidate"]["name"], _points(accuracy["candidate"]), "", ""])
@@ -62,9 +62,9 @@ def _search(document: Document) -> Iterator[str]:
             f"{point['in_float']} in float, {point['in_int8']} in INT8",
             "-" if point["int8_macs"] is None else f"{100 * point['int8_macs']:.1f} %",
             _points(point["drop_points"], 1),
-            _interval(point["interval"], 2),
+            interval(point["interval"], 2),
             point["accuracy"],
-            _ms(point["p50_ms"]),
+            milliseconds(point["p50_ms"]),
             "chosen" if point["in_float"] == search["chosen"] else "",
         ]
         for point in search["points"]
@@ -101,17 +101,22 @@ def _latency(document: Document) -> Iterator[str]:
     if candidate not in latency["runners"]:
         yield "  the engine was not timed: it did not run here"
     for name, ratio in latency["ratios"].items():
-        found = f"{ratio['ratio']:.2f} times as fast as {name}, {_interval(ratio['interval'], 2)}: {ratio['verdict']}"
+        found = f"{ratio['ratio']:.2f} times as fast as {name}, {interval(ratio['interval'], 2)}: {ratio['verdict']}"
         yield from wrapped(f"{candidate}: {found}")
+    yield from environments(latency["runners"])
+    load = latency["load_average"]
+    if load["before"] is not None:
+        yield f"  load average {load['before']:.1f} before, {load['after']:.1f} after"
+
+
+def environments(runners: Document) -> Iterator[str]:
+    """Where everyone ran and with which settings, those with the same together."""
     where: dict[str, list[str]] = {}
-    for name, timed in latency["runners"].items():
+    for name, timed in runners.items():
         settings = "".join(f", {key} {value}" for key, value in timed["settings"].items())
         where.setdefault(f"{timed['runtime']} on {timed['device']}{settings}", []).append(name)
     for described, names in where.items():
         yield from wrapped(f"{', '.join(names)}: {described}")
-    load = latency["load_average"]
-    if load["before"] is not None:
-        yield f"  load average {load['before']:.1f} before, {load['after']:.1f} after"
 
 
 def _passes(document: Document) -> Iterator[str]:
@@ -141,10 +146,12 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[str]
 
 
 def wrapped(text: str, indent: str = "  ") -> list[str]:
+    """A paragraph whose later lines are indented further."""
     return textwrap.wrap(text, WIDTH, initial_indent=indent, subsequent_indent=indent + "  ", break_on_hyphens=False)
 
 
-def _fit(line: str) -> str:
+def fitted(line: str) -> str:
+    """A line cut to the width of the page."""
     return line if len(line) <= WIDTH else line[: WIDTH - 1] + "…"
 
 
@@ -152,7 +159,8 @@ def _points(score: float | None, factor: float = 100) -> str:
     return "-" if score is None else f"{factor * score:.2f}"
 
 
-def _interval(limits: Sequence[float | None] | None, digits: int) -> str:
+def interval(limits: Sequence[float | None] | None, digits: int) -> str:
+    """Two limits, or a dash where there are none."""
     if limits is None or limits[0] is None or limits[1] is None:
         return "-"
     return f"[{limits[0]:.{digits}f}, {limits[1]:.{digits}f}]"
@@ -169,10 +177,11 @@ def _error(error: Document) -> list[str]:
 
 
 def _timing(timed: Document) -> list[str]:
-    percentiles = [_ms(timed[f"p{q}_ms"]) for q in (50, 90, 95, 99)]
+    percentiles = [milliseconds(timed[f"p{q}_ms"]) for q in (50, 90, 95, 99)]
     spread, rate = f"{100 * timed['cov']:.0f} %", f"{timed['throughput_per_s']:.1f}"
-    return [*percentiles, _ms(timed["mean_ms"]), spread, rate, str(timed["calls"])]
+    return [*percentiles, milliseconds(timed["mean_ms"]), spread, rate, str(timed["calls"])]
 
 
-def _ms(milliseconds: float | None) -> str:
-    return "-" if milliseconds is None else f"{milliseconds:.4g}"
+def milliseconds(value: float | None) -> str:
+    """Four digits, or a dash where nothing was measured."""
+    return "-" if value is None else f"{value:.4g}"

@@ -20,7 +20,7 @@ from optkit.passes.graph_edit import sample_feeds
 from optkit.quantize.bias_correction import correct_biases
 from optkit.quantize.calibrated import Calibrated
 from optkit.quantize.calibration import Calibration, Split, choose, scales
-from optkit.quantize.linter import lint
+from optkit.quantize.linter import QUANTIZED_OPS, lint
 from optkit.quantize.macs import int8_share
 from optkit.quantize.measure import Judge, outputs_of
 from optkit.quantize.observers import observe
@@ -39,12 +39,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("optkit.quantize")
 
-_QUANTIZED_OPS = frozenset(
-    {"QuantizeLinear", "DequantizeLinear", "QLinearConv", "QLinearMatMul", "ConvInteger", "MatMulInteger"}
-)
-
-_PROMISES = frozenset({"W8", "W9"})
-"""Linter rules that mean that a node which was to be INT8 runs in float."""
+_PROMISES = frozenset({"W8", "W9", "W10"})
+"""Linter rules that mean that a node which was to be INT8 runs in float, or in pieces that are no faster."""
 
 
 class QuantizeInt8(OnnxPass):
@@ -77,7 +73,7 @@ class QuantizeInt8(OnnxPass):
     def requires(self, model: OnnxModel, context: Context) -> None:
         """A target that has INT8, calibration data if that is static, and a float model of opset 13 or later."""
         self._data(self._policy(context), context)
-        quantized = next((node for node in model.ir.graph.all_nodes() if node.op_type in _QUANTIZED_OPS), None)
+        quantized = next((node for node in model.ir.graph.all_nodes() if node.op_type in QUANTIZED_OPS), None)
         if quantized is not None:
             raise PreconditionError(
                 f"the model is already quantized: node {quantized.name!r} is a {quantized.op_type}; "

@@ -1,4 +1,4 @@
-"""Judges the Q/DQ pairs of any ONNX model by what a target wants; rules E break a build, rules W cost accuracy or time.
+"""Judges the INT8 of any ONNX model by what a target wants; rules E break a build, rules W cost accuracy or time.
 
 ==== ================================================================================================
 E1   an activation is UINT8 or has a zero point, where the target takes symmetric INT8 only
@@ -15,12 +15,15 @@ W6   Q/DQ from com.microsoft, which only ONNX Runtime is sure to read
 W7   an output of the graph comes out of a Q/DQ pair, where the target has no use for that
 W8   an INT8 activation meets a float weight: the product runs in float
 W9   a convolution reads INT8 and its output is not quantized, where the target then computes it in float
+W10  a product of integers is not written in the form that the target fuses, so that each of its parts runs alone
+W11  a convolution finds the range of its activation at each call, for which there is no fast kernel
+W12  neighbouring weights of a channel overflow the 16 bits in which this processor's kernels add their products
 ==== ================================================================================================
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -30,15 +33,34 @@ from optkit.models import OnnxModel
 from optkit.quantize.placement.draft import WEIGHTED
 from optkit.quantize.placement.graph import ACTIVATIONS, MOVES, attribute, constant, only_consumer, weight_axis
 from optkit.quantize.placement.small_kernels_float import small_product
+from optkit.quantize.saturation import MOST, pair_reach, reach_of_rows
 from optkit.targets.base import Int8Policy
 
 if TYPE_CHECKING:
     import onnx_ir as ir
 
 
-_INTEGER_OPS = frozenset(
-    {"ConvInteger", "DynamicQuantizeLinear", "MatMulInteger", "QGemm", "QLinearAdd", "QLinearConv", "QLinearMatMul"}
+INTEGER_OPS = frozenset(
+    {
+        "ConvInteger",
+        "DynamicQuantizeLSTM",
+        "DynamicQuantizeLinear",
+        "DynamicQuantizeMatMul",
+        "MatMulInteger",
+        "MatMulIntegerToFloat",
+        "QGemm",
+        "QLinearAdd",
+        "QLinearConv",
+        "QLinearMatMul",
+    }
 )
+"""Ops that compute on integers themselves."""
+
+QUANTIZED_OPS = INTEGER_OPS | {"QuantizeLinear", "DequantizeLinear"}
+"""Ops that a float model has none of."""
+
+_LSTM_SCALES: Mapping[int, int] = {1: 8, 2: 10}
+"""Of DynamicQuantizeLSTM: the inputs that hold weights, and those that hold their scales."""
 
 
 @dataclass(frozen=True)
@@ -61,14 +83,13 @@ class Finding:
 
 def lint(model: OnnxModel, policy: Int8Policy) -> tuple[Finding, ...]:
     """Every finding, in the order of the graph."""
-    rules = (_operators, _parameters, _pairs, _weights, _residual_adds, _outputs)
+    rules = (_operators, _parameters, _pairs, _weights, _integers, _saturation, _residual_adds, _outputs)
     return tuple(finding for node in model.ir.graph for rule in rules for finding in rule(node, policy))
 
 
 def is_quantized(model: OnnxModel) -> bool:
     """Whether there is anything to judge."""
-    quantized = _INTEGER_OPS | {"QuantizeLinear", "DequantizeLinear"}
-    return any(node.op_type in quantized for node in model.ir.graph)
+    return any(node.op_type in QUANTIZED_OPS for node in model.ir.graph)
 
 
 def _is(node: ir.Node | None, op_type: str) -> bool:
@@ -102,8 +123,10 @@ def _parameter(node: ir.Node, index: int) -> np.ndarray[Any, Any] | None:
 
 
 def _operators(node: ir.Node, policy: Int8Policy) -> Iterator[Finding]:
-    if policy.symmetric and node.op_type in _INTEGER_OPS:
+    if not policy.dynamic and node.op_type in INTEGER_OPS:
         yield Finding("E5", _name(node), f"{node.op_type} is not Q/DQ", "quantize again, with Q/DQ pairs")
+    elif node.op_type == "ConvInteger":
+        yield Finding("W11", _name(node), "its range is found at each call", "quantize convolutions statically")
 
 
 def _parameters(node: ir.Node, policy: Int8Policy) -> Iterator[Finding]:
@@ -112,8 +135,8 @@ def _parameters(node: ir.Node, policy: Int8Policy) -> Iterator[Finding]:
     if node.domain == "com.microsoft":
         yield Finding("W6", _name(node), "is from com.microsoft", "use ai.onnx Q/DQ, opset 13 or later")
     scale, zero_point = _parameter(node, 1), _parameter(node, 2)
-    if scale is not None and not (np.isfinite(scale) & (scale > 0)).all():
-        yield Finding("E2", _name(node), "a scale is not a positive number", "calibrate again; give dead channels 1.0")
+    if scale is not None and not _all_positive(scale):
+        yield _bad_scale(node)
     if not _reads_activation(node):
         return
     if scale is not None and scale.size > 1:
@@ -192,6 +215,90 @@ def _reaches_quantize(node: ir.Node) -> bool:
     if consumer is not None and consumer.op_type in ACTIVATIONS:
         consumer = only_consumer(consumer.outputs[0])
     return _is(consumer, "QuantizeLinear")
+
+
+def _integers(node: ir.Node, policy: Int8Policy) -> Iterator[Finding]:
+    """The scales of what finds its range at each call, and the form that lets it fuse."""
+    if not policy.dynamic:
+        return
+    if node.op_type == "MatMulInteger":
+        scale = _scale_of_product(node)
+        if scale is None:
+            form = "MatMulInteger of a DynamicQuantizeLinear and a constant, then Cast, then Mul with both scales"
+            yield Finding("W10", _name(node), "its form is not one that fuses", f"write {form}")
+        elif not _all_positive(scale):
+            yield _bad_scale(node)
+    if node.op_type == "DynamicQuantizeLSTM":
+        scales = [_parameter(node, index) for index in _LSTM_SCALES.values()]
+        if not all(scale is None or _all_positive(scale) for scale in scales):
+            yield _bad_scale(node)
+
+
+def _scale_of_product(node: ir.Node) -> np.ndarray[Any, Any] | None:
+    """The weight's scale, which is multiplied by the activation's; None where the pattern is another one."""
+    quantize, cast = _producer(node.inputs[0]), only_consumer(node.outputs[0])
+    if quantize is None or quantize.op_type != "DynamicQuantizeLinear" or constant(node.inputs[1]) is None:
+        return None
+    scaled = None if cast is None or cast.op_type != "Cast" else only_consumer(cast.outputs[0])
+    if cast is None or scaled is None or scaled.op_type != "Mul":
+        return None
+    units = next((_producer(value) for value in scaled.inputs if value is not cast.outputs[0]), None)
+    if units is None or units.op_type != "Mul" or quantize.outputs[1] not in units.inputs:
+        return None
+    constants = (constant(value) for value in units.inputs if value is not quantize.outputs[1])
+    return next((tensor.numpy() for tensor in constants if tensor is not None), None)
+
+
+def _all_positive(scale: np.ndarray[Any, Any]) -> bool:
+    return bool((np.isfinite(scale) & (scale > 0)).all())
+
+
+def _bad_scale(node: ir.Node) -> Finding:
+    return Finding("E2", _name(node), "a scale is not a positive number", "calibrate again; give dead channels 1.0")
+
+
+def _saturation(node: ir.Node, policy: Int8Policy) -> Iterator[Finding]:
+    if not policy.sums_in_16_bits:
+        return
+    reach = np.concatenate([np.zeros(0), *_reaches(node)])
+    if (reach > MOST).any():
+        yield Finding(
+            "W12",
+            _name(node),
+            f"neighbouring weights add up to more than {MOST} in {(reach > MOST).sum()} of {len(reach)} channels",
+            "quantize it with optkit on this machine, or to 7 bits",
+        )
+
+
+def _reaches(node: ir.Node) -> Iterator[np.ndarray[Any, Any]]:
+    """The largest sums of neighbours in INT8 weights that UINT8 activations are multiplied by."""
+    if node.op_type == "MatMulInteger":
+        weight = _int8(node.inputs[1])
+        if weight is not None:
+            yield reach_of_rows(weight.reshape(-1, weight.shape[-1]).T)
+    elif node.op_type == "DynamicQuantizeLSTM":
+        for index in _LSTM_SCALES:
+            weight = _int8(node.inputs[index])
+            if weight is not None:
+                yield reach_of_rows(weight.transpose(0, 2, 1).reshape(-1, weight.shape[1]))
+    elif node.op_type in WEIGHTED and _is_uint8(_producer(node.inputs[0])):
+        dequantize = _producer(node.inputs[1])
+        weight = None if dequantize is None else _int8(dequantize.inputs[0])
+        if weight is not None:
+            yield pair_reach(node, weight)
+
+
+def _int8(value: ir.Value | None) -> np.ndarray[Any, Any] | None:
+    """A constant of INT8, in a type that holds sums of it."""
+    tensor = constant(value)
+    return tensor.numpy().astype(np.int32) if tensor is not None and tensor.dtype.numpy() == "int8" else None
+
+
+def _is_uint8(dequantize: ir.Node | None) -> bool:
+    if dequantize is None or dequantize.op_type != "DequantizeLinear":
+        return False
+    zero_point = _parameter(dequantize, 2)
+    return zero_point is None or zero_point.dtype == np.uint8
 
 
 def _residual_adds(node: ir.Node, policy: Int8Policy) -> Iterator[Finding]:

@@ -18,6 +18,9 @@ if TYPE_CHECKING:
 
 Array = np.ndarray[Any, Any]
 
+MOST = 128
+"""What two neighbours, as they are stored, may add up to."""
+
 
 def pair_reach(node: ir.Node, weight: Array) -> Array:
     """The largest sum of same-signed neighbours in each output channel: the range that leaves no sum above 128.
@@ -31,7 +34,11 @@ def pair_reach(node: ir.Node, weight: Array) -> Array:
             each: Array = np.abs(weight).reshape(len(weight), -1).max(axis=1)
             return each
         rows = np.moveaxis(rows, 1, -1)
-    rows = rows.reshape(len(rows), -1)
+    return reach_of_rows(rows.reshape(len(rows), -1))
+
+
+def reach_of_rows(rows: Array) -> Array:
+    """The largest sum of same-signed neighbours in each row."""
     if rows.shape[1] % 2:
         rows = np.pad(rows, ((0, 0), (0, 1)))
     pairs = rows.reshape(len(rows), -1, 2)

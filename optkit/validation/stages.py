@@ -14,6 +14,7 @@ from optkit.errors import OptkitError
 from optkit.models import Engine, Feeds, Model, OnnxModel, TorchModel
 from optkit.numerics import Difference, Sums, difference, sums
 from optkit.pipeline import Stage
+from optkit.quantize.linter import INTEGER_OPS
 from optkit.targets.base import Runner
 from optkit.targets.onnxruntime import open_onnx
 from optkit.targets.pytorch import open_torch
@@ -129,7 +130,7 @@ def _dtypes(model: OnnxModel) -> Iterator[str]:
             yield ir.DataType(node.attributes["to"].as_int()).name.lower()
 
 
-_INT8_OPS = frozenset({"QuantizeLinear", "QLinearConv", "QLinearMatMul", "ConvInteger", "MatMulInteger"})
+_INT8_OPS = INTEGER_OPS | {"QuantizeLinear"}
 
 
 def _opened(model: Model, context: Context) -> Runner:

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -23,6 +25,9 @@ HEAD = "g (float[n,32,8,8] x) => (float[n,c,h,v] y) {"
 PAIR = "q = QuantizeLinear(x, s, z) d = DequantizeLinear(q, s, z)"
 WEIGHT = "wd = DequantizeLinear <axis = 0> (w, ws, wz)"
 GOOD = f"{HEAD} {PAIR} {WEIGHT} c1 = Conv(d, wd) y = Exp(c1) }}"
+
+AT_RUN_TIME = "q, qs, qz = DynamicQuantizeLinear(x) i0 = MatMulInteger(q, m, qz) f0 = Cast <to = 1> (i0)"
+SATURATES = replace(ORT_CPU, sums_in_16_bits=True)
 
 # rule, the graph that breaks it, the op type of the node that is named, and the policy that objects
 BROKEN = [
@@ -74,6 +79,23 @@ BROKEN = [
     ("W7", f"{HEAD} q = QuantizeLinear(x, s, z) y = DequantizeLinear(q, s, z) }}", "DequantizeLinear", TENSORRT),
     ("W8", f"{HEAD} {PAIR} c1 = Conv(d, f) y = Exp(c1) }}", "Conv", TENSORRT),
     ("W9", GOOD, "Conv", ORT_CPU),
+    ("W10", f"{HEAD} {AT_RUN_TIME} r = Exp(f0) t = Mul(qs, ws) y = Mul(f0, t) }}", "MatMulInteger", ORT_CPU),
+    ("W10", f"{HEAD} {AT_RUN_TIME} y = Mul(f0, qs) }}", "MatMulInteger", ORT_CPU),
+    (
+        "W10",
+        f"{HEAD} q = QuantizeLinear(x, s, u) i0 = MatMulInteger(q, m, u) y = Cast <to = 1> (i0) }}",
+        "MatMulI",
+        ORT_CPU,
+    ),
+    ("E2", f"{HEAD} {AT_RUN_TIME} t = Mul(qs, s) y = Mul(f0, t) }}", "MatMulInteger", ORT_CPU),
+    ("W11", f"{HEAD} q, qs, qz = DynamicQuantizeLinear(x) y = ConvInteger(q, w, qz) }}", "ConvInteger", ORT_CPU),
+    ("W12", f"{HEAD} {AT_RUN_TIME} t = Mul(qs, s) y = Mul(f0, t) }}", "MatMulInteger", SATURATES),
+    (
+        "W12",
+        f"{HEAD} q = QuantizeLinear(x, s, u) d = DequantizeLinear(q, s, u) {WEIGHT} c1 = Conv(d, wd) y = Exp(c1) }}",
+        "Conv",
+        SATURATES,
+    ),
 ]
 
 
@@ -85,7 +107,7 @@ def parsed(net, text, **replaced):
     return model
 
 
-@pytest.mark.parametrize(("rule", "text", "op_type", "policy"), BROKEN, ids=[row[0] for row in BROKEN])
+@pytest.mark.parametrize(("rule", "text", "op_type", "policy"), BROKEN, ids=[f"{row[0]}-{row[2]}" for row in BROKEN])
 def test_each_rule_finds_its_fault(net, rule, text, op_type, policy):
     replaced = {"s": np.float32(0)} if rule == "E2" else {}
     findings = [finding for finding in lint(parsed(net, text, **replaced), policy) if finding.rule == rule]
@@ -98,6 +120,51 @@ def test_each_rule_finds_its_fault(net, rule, text, op_type, policy):
 
 def test_a_sound_model_has_no_findings(net):
     assert lint(parsed(net, GOOD), TENSORRT) == ()
+
+
+def test_products_at_run_time_are_sound_where_their_neighbours_do_not_saturate(net):
+    text = f"{HEAD} {AT_RUN_TIME} t = Mul(ws, qs) y = Mul(t, f0) }}"
+    narrow = np.full((32, 8), 64, np.int8)
+    assert lint(parsed(net, text, m=narrow, ws=np.full(8, 0.1, np.float32)), SATURATES) == ()
+    # What one channel has too much of is counted
+    narrow[:2, 3] = 65
+    (finding,) = lint(parsed(net, text, m=narrow, ws=np.full(8, 0.1, np.float32)), SATURATES)
+    assert finding.message == "neighbouring weights add up to more than 128 in 1 of 8 channels"
+
+
+def test_signed_activations_do_not_saturate(net):
+    text = f"{HEAD} {PAIR} {WEIGHT} c1 = Conv(d, wd) y = Exp(c1) }}"
+    assert "W12" not in {finding.rule for finding in lint(parsed(net, text), SATURATES)}
+
+
+@pytest.mark.parametrize(("place", "rule"), [(0, "W12"), (1, "E2")])
+def test_an_lstm_is_judged_by_its_weights_and_scales(place, rule):
+    import onnx
+    import onnx_ir as ir
+
+    from optkit.models import OnnxModel, Signature
+
+    rng = np.random.default_rng(0)
+    arrays = [rng.integers(-60, 61, (1, rows, 32)).astype(np.int8) for rows in (6, 8)]
+    scales = [np.full((1, 32), 0.1, np.float32) for _ in range(2)]
+    zero = np.zeros((1, 32), np.int8)
+
+    def model():
+        proto = onnx.parser.parse_model(
+            '<ir_version: 10, opset_import: ["" : 20, "com.microsoft" : 1]> g (float[s,b,6] x) => (float[1,b,8] h) {'
+            " y, h = com.microsoft.DynamicQuantizeLSTM <hidden_size = 8> (x, w, r,,,,,, ws, z, rs, z) }"
+        )
+        named = dict(zip(("w", "r", "ws", "rs", "z"), (*arrays, *scales, zero), strict=True))
+        proto.graph.initializer.extend(onnx.numpy_helper.from_array(array, name) for name, array in named.items())
+        return OnnxModel(ir.from_proto(proto), Signature((), ()))
+
+    assert lint(model(), SATURATES) == ()
+    # One direction, two neighbouring inputs of one gate; one scale
+    arrays[1][0, 4:6, 7] = 100 - 200 * place
+    if place:
+        scales[1][0, 7] = np.nan
+    assert rule in {finding.rule for finding in lint(model(), SATURATES)}
+    assert {finding.rule for finding in lint(model(), TENSORRT)} == {"E5"}
 
 
 def test_uint8_is_what_onnx_runtime_wants(net):

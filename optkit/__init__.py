@@ -10,14 +10,16 @@ if TYPE_CHECKING:
     from optkit.compiler import compile, validate
     from optkit.errors import OptkitError
     from optkit.recipe import Recipe
+    from optkit.training.hooks import Hooks
 
 __version__ = "0.1.0"
 
-__all__ = ["Bundle", "OptkitError", "Recipe", "__version__", "compile", "load", "validate"]
+__all__ = ["Bundle", "Hooks", "OptkitError", "Recipe", "__version__", "compile", "load", "validate"]
 
 # Nothing heavy is imported before it is used: `import optkit` loads neither torch nor onnx
 _HOMES = {
     "Bundle": "optkit.bundle",
+    "Hooks": "optkit.training.hooks",
     "OptkitError": "optkit.errors",
     "Recipe": "optkit.recipe",
     "compile": "optkit.compiler",

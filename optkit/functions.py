@@ -74,6 +74,12 @@ def find_function(
     return UserFunction(function, folder)
 
 
+def absolute(reference: str, folder: Path) -> str:
+    """The same reference; if it names a file, by its path from ``folder``."""
+    place, colon, name = reference.rpartition(":")
+    return f"{folder / place}{colon}{name}" if place.endswith(".py") else reference
+
+
 @contextlib.contextmanager
 def importable(folder: Path) -> Iterator[None]:
     """Let the user's code import from ``folder``, and only while it is needed."""

@@ -11,11 +11,13 @@ from optkit.passes.base import Pass
 from optkit.passes.build_engine import BuildEngine
 from optkit.passes.cast_bf16 import CastBf16
 from optkit.passes.cast_fp16 import CastFp16
+from optkit.passes.distill import Distill
 from optkit.passes.export_onnx import ExportOnnx
 from optkit.passes.optimize_graph import STEPS, OptimizeGraph
 from optkit.passes.quantize_int8 import QuantizeInt8
 
 BUILT_IN: tuple[type[Pass[Any, Any]], ...] = (
+    Distill,
     ExportOnnx,
     OptimizeGraph,
     *map(type, STEPS),

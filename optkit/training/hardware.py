@@ -1,0 +1,107 @@
+"""Where a training computes: the CPU, or the GPUs with mixed precision and the channels last."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from optkit.data import Batch
+from optkit.errors import DataError, UnavailableError, did_you_mean
+from optkit.models import Signature
+from optkit.targets.pytorch import to_torch
+from optkit.training.settings import Training
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """What a training computes on.
+
+    Attributes:
+        device: the CPU or the first GPU.
+        half: the type of mixed precision; None without.
+        channels_last: whether images lie in memory with the channels last.
+    """
+
+    device: torch.device
+    half: torch.dtype | None = None
+    channels_last: bool = False
+
+    @property
+    def is_cpu(self) -> bool:
+        """Whether it is the CPU, where nothing has to be waited for."""
+        return self.device.type == "cpu"
+
+    def placed(self, module: torch.nn.Module) -> torch.nn.Module:
+        """The module, moved there."""
+        import torch
+
+        if self.channels_last:
+            return module.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]  # as documented
+        return module.to(self.device)
+
+    def shared(self, module: torch.nn.Module) -> torch.nn.Module:
+        """The module, sharing each batch out among all GPUs if there are several."""
+        import torch
+
+        return torch.nn.DataParallel(module) if not self.is_cpu and torch.cuda.device_count() > 1 else module
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """Mixed precision for the forward pass."""
+        import torch
+
+        return torch.autocast(self.device.type, dtype=self.half, enabled=self.half is not None)
+
+    def scaler(self) -> Any:
+        """What keeps the gradients of float16 from vanishing; it does nothing for other types."""
+        import torch
+
+        return torch.amp.GradScaler(self.device.type, enabled=self.half is torch.float16)
+
+    def inputs(self, batch: Batch, signature: Signature) -> tuple[torch.Tensor, ...]:
+        """The batch's feeds in the order of the signature.
+
+        Raises:
+            DataError: one is missing.
+        """
+        for spec in signature.inputs:
+            if spec.name not in batch.feeds:
+                hint = did_you_mean(spec.name, batch.feeds)
+                raise DataError(f"a training batch has no input {spec.name!r}, {hint}: see `inputs` of the data spec")
+        return tuple(self._there(to_torch(batch.feeds[spec.name])) for spec in signature.inputs)
+
+    def labels(self, batch: Batch) -> torch.Tensor | None:
+        """The batch's labels: int64 or float32."""
+        if batch.labels is None:
+            return None
+        kind = np.float32 if batch.labels.dtype.kind == "f" else np.int64
+        return self._there(to_torch(batch.labels.astype(kind)))
+
+    def _there(self, tensor: torch.Tensor) -> torch.Tensor:
+        import torch
+
+        if self.channels_last and tensor.ndim == 4:
+            tensor = tensor.contiguous(memory_format=torch.channels_last)
+        return tensor if self.is_cpu else tensor.pin_memory().to(self.device, non_blocking=True)
+
+
+def hardware_for(settings: Training) -> Hardware:
+    """What the settings ask for, of what is there.
+
+    Raises:
+        UnavailableError: they ask for a GPU and there is none.
+    """
+    import torch
+
+    there = torch.cuda.is_available()
+    if settings.device == "cuda" and not there:
+        raise UnavailableError("device: cuda, and PyTorch finds no GPU here: set `device: auto`, or mend its CUDA")
+    if settings.device == "cpu" or not there:
+        return Hardware(torch.device("cpu"))
+    half = torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+    return Hardware(torch.device("cuda"), half if settings.amp else None, settings.channels_last)

@@ -12,6 +12,7 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from optkit.documents import Strict, parse_yaml, validate
 from optkit.errors import RecipeError, did_you_mean
+from optkit.functions import absolute
 from optkit.models import DimRange, TensorSpec
 from optkit.passes.base import Pass
 from optkit.passes.build_engine import BuildEngine
@@ -161,7 +162,7 @@ class Recipe(Strict):
         source = self.model
         changes = {
             "checkpoint": str(folder / source.checkpoint) if source.checkpoint else None,
-            "factory": _absolute_factory(source.factory, folder) if source.factory else None,
+            "factory": absolute(source.factory, folder) if source.factory else None,
         }
         return self.model_copy(
             update={
@@ -188,11 +189,6 @@ class Recipe(Strict):
     def to_yaml(self) -> str:
         """The resolved recipe with every default filled in; it loads back to an equal recipe."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
-
-
-def _absolute_factory(factory: str, folder: Path) -> str:
-    module, colon, name = factory.rpartition(":")
-    return f"{folder / module}{colon}{name}" if module.endswith(".py") else factory
 
 
 def schema() -> dict[str, Any]:

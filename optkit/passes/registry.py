@@ -14,9 +14,13 @@ from optkit.passes.cast_fp16 import CastFp16
 from optkit.passes.distill import Distill
 from optkit.passes.export_onnx import ExportOnnx
 from optkit.passes.optimize_graph import STEPS, OptimizeGraph
+from optkit.passes.prune_channels import PruneChannels
+from optkit.passes.prune_weights import PruneWeights
 from optkit.passes.quantize_int8 import QuantizeInt8
 
 BUILT_IN: tuple[type[Pass[Any, Any]], ...] = (
+    PruneChannels,
+    PruneWeights,
     Distill,
     ExportOnnx,
     OptimizeGraph,

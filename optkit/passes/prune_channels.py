@@ -20,6 +20,7 @@ from optkit.context import Context
 from optkit.errors import PostconditionError, PreconditionError, UnavailableError
 from optkit.models import TorchModel
 from optkit.passes.base import TorchPass
+from optkit.passes.distill import Distill
 from optkit.passes.export_onnx import ExportOnnx
 from optkit.passes.legalize import legalize
 from optkit.passes.optimize_graph import OptimizeGraph
@@ -30,6 +31,7 @@ from optkit.pruning.layers import is_weighted, layer_of, refuse_program
 from optkit.pruning.ranking import Block, Scope, removal_order, shortest
 from optkit.pruning.samples import calibration_batches, examples
 from optkit.pruning.size import size_of
+from optkit.training import load_hooks, train
 from optkit.tunable import Tunable
 
 if TYPE_CHECKING:
@@ -76,12 +78,18 @@ class PruneChannels(TorchPass):
     """In how many steps the goal is reached; each ranks what is left anew."""
     samples: int = Field(default=256, ge=1)
     """How many calibration samples importance and the statistics of batch normalization are taken from."""
+    recover: Distill | None = None
+    """What is trained after each step, as ``{train: {epochs: 2}}``: the fields of ``distill``."""
 
     @model_validator(mode="after")
     def _one_goal(self) -> PruneChannels:
         if sum(goal is not None for goal in (self.macs, self.parameters, self.speedup)) != 1:
             raise ValueError("prune_channels needs one goal: set one of macs, parameters and speedup")
         return self
+
+    def relative_to(self, folder: Path) -> PruneChannels:
+        """The same pass with the path of the hooks of ``recover`` resolved."""
+        return self.model_copy(update={"recover": self.recover.relative_to(folder)}) if self.recover else self
 
     def requires(self, model: TorchModel, context: Context) -> None:
         """Torch-Pruning, data where importance looks at it, layers in Python, and a target to measure on."""
@@ -92,6 +100,8 @@ class PruneChannels(TorchPass):
                 f"importance {self.importance!r} needs data: add `data:` to the recipe, or set `importance: magnitude`"
             )
         refuse_program(model.module)
+        if self.recover is not None:
+            self.recover.requires(model, context)
         if "sparsity" in model.records:
             raise PreconditionError("prune_weights ran before: prune channels first, then weights")
         if self.speedup is not None:
@@ -106,10 +116,11 @@ class PruneChannels(TorchPass):
         """The model without what matters least, step by step; what cannot be pruned is in its record."""
         with ExitStack() as opened:
             goal = self._goal(model, context, opened)
-            current, kept = replace(model, module=_trainable(model.module)), dict[str, str]()
+            current, kept = model, dict[str, str]()
             for step in context.progress(range(1, self.steps + 1), "pruning channels", self.steps):
                 if step == 1 or goal.measure(current) < goal.at(step / self.steps):
                     current, kept = self._step(model, current, goal, goal.at(step / self.steps), context)
+                    current = self._recovered(current, step, context)
             reached = goal.measure(current)
         pruned = replace(current, module=current.module.requires_grad_(False))
         record = {**self._record(model, pruned, goal, reached), "kept": kept}
@@ -133,6 +144,7 @@ class PruneChannels(TorchPass):
         self, original: TorchModel, model: TorchModel, goal: Goal, wanted: float, context: Context
     ) -> tuple[TorchModel, dict[str, str]]:
         """The model pruned until the goal has the wanted value, and why which layers keep their width."""
+        model = replace(model, module=_trainable(model.module))
         inputs = examples(model.signature)
         multiple = self.multiple or context.target.dialect.width_multiple
         groups, kept = prunable_groups(model.module, inputs, self.skip, multiple)
@@ -146,7 +158,9 @@ class PruneChannels(TorchPass):
             floors={g.root: math.ceil((1 - self.max_ratio) * _widths(original.module)[g.root]) for g in groups},
         )
         if not order:
-            raise PreconditionError(_nothing_to_prune(groups, kept, multiple))
+            raise PreconditionError(
+                f"{_nothing_to_prune(groups, kept, multiple)}; so far it is {goal.told(goal.measure(model))}"
+            )
 
         def without(blocks: Sequence[Block]) -> TorchModel:
             return replace(model, module=remove(model.module, inputs, _channels(blocks)))
@@ -163,6 +177,13 @@ class PruneChannels(TorchPass):
         recalibrate(pruned.module, batches)
         log.info("pruned %d channels of %d layers", sum(len(b.channels) for b in chosen), len({b.root for b in chosen}))
         return pruned, kept
+
+    def _recovered(self, model: TorchModel, step: int, context: Context) -> TorchModel:
+        if self.recover is None:
+            return model
+        how, hooks = self.recover, load_hooks(self.recover.hooks, context)
+        name = f"{self.use} step {step}"
+        return train(model, how.train, context, objective=how.loss, teacher=context.original, hooks=hooks, name=name)
 
     def _costs(
         self, module: torch.nn.Module, groups: Sequence[Group], inputs: tuple[torch.Tensor, ...]

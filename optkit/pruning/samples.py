@@ -2,33 +2,32 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from optkit.context import Context
 from optkit.models import Feeds, Signature
+from optkit.targets.pytorch import to_torch
 
 if TYPE_CHECKING:
     import torch
 
+_FEW = 4
+"""The least size of dimensions that may have any."""
+
 
 def tensors(signature: Signature, feeds: Feeds) -> tuple[torch.Tensor, ...]:
     """Feeds as the module takes them: by position."""
-    return tuple(_tensor(feeds[spec.name]) for spec in signature.inputs)
-
-
-def _tensor(array: np.ndarray[Any, Any]) -> torch.Tensor:
-    import torch
-
-    if array.dtype.name == "bfloat16":
-        return torch.from_numpy(array.view(np.int16).copy()).view(torch.bfloat16)
-    return torch.from_numpy(np.array(array))
+    return tuple(to_torch(feeds[spec.name]) for spec in signature.inputs)
 
 
 def examples(signature: Signature, batch: int = 2) -> tuple[torch.Tensor, ...]:
     """Random inputs of the sizes that the engine is tuned for; ``batch`` samples where their number is free."""
-    sizes = {signature.batch: batch} if signature.batch else {}
+    # One token attends to itself whatever the weights: such sizes would prove nothing
+    sizes = {dim: max(signature.range(dim).opt, min(_FEW, signature.range(dim).max)) for dim in signature.dynamic}
+    if signature.batch:
+        sizes[signature.batch] = batch
     return tensors(signature, signature.random_feeds(np.random.default_rng(0), **sizes))
 
 

@@ -10,6 +10,7 @@ from optkit.models import OnnxModel, Signature
 from optkit.passes.base import OnnxPass
 from optkit.passes.build_engine import BuildEngine
 from optkit.passes.export_onnx import ExportOnnx
+from optkit.passes.prune_weights import PruneWeights
 from optkit.pipeline import misfit, run_passes
 
 RELU = "g (float[4] x) => (float[4] y) { y = Relu(x) }"
@@ -64,6 +65,11 @@ def test_an_onnx_model_enters_at_the_first_pass_that_takes_one(onnx_model, conte
     ]
     with pytest.raises(PreconditionError, match="no pass of the recipe takes an ONNX model: export_onnx"):
         run_passes([ExportOnnx()], onnx_model(RELU), context)
+
+
+def test_an_onnx_model_does_not_slip_past_a_pass_that_changes_pytorch_models(onnx_model, context):
+    with pytest.raises(PreconditionError, match="prune_weights takes a PyTorch model, but the checkpoint is an ONNX"):
+        run_passes([PruneWeights(), ExportOnnx(), Keep()], onnx_model(RELU), context)
 
 
 @pytest.mark.parametrize(

@@ -53,6 +53,12 @@ def run_passes(passes: Sequence[Pass[Any, Any]], model: Model, context: Context)
         raise PreconditionError(
             f"no pass of the recipe takes {_KIND[kind_of(model)]}: {', '.join(p.use for p in passes)}"
         )
+    left_out = [step.use for step in passes[:entry] if step.takes == step.gives]
+    if left_out:
+        raise PreconditionError(
+            f"{left_out[0]} takes {_KIND['torch']}, but the checkpoint is {_KIND[kind_of(model)]}: hand over the "
+            f"PyTorch checkpoint, or drop {', '.join(left_out)} from the recipe"
+        )
     if isinstance(model, TorchModel) and context.original is None:
         context = replace(context, original=model)
     for step in context.progress(passes[entry:], "passes"):

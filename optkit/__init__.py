@@ -6,6 +6,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from optkit.benchmark import bench
     from optkit.bundle import Bundle, load
     from optkit.compiler import compile, validate
     from optkit.errors import OptkitError
@@ -14,7 +15,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-__all__ = ["Bundle", "Hooks", "OptkitError", "Recipe", "__version__", "compile", "load", "validate"]
+__all__ = ["Bundle", "Hooks", "OptkitError", "Recipe", "__version__", "bench", "compile", "load", "validate"]
 
 # Nothing heavy is imported before it is used: `import optkit` loads neither torch nor onnx
 _HOMES = {
@@ -22,6 +23,7 @@ _HOMES = {
     "Hooks": "optkit.training.hooks",
     "OptkitError": "optkit.errors",
     "Recipe": "optkit.recipe",
+    "bench": "optkit.benchmark",
     "compile": "optkit.compiler",
     "load": "optkit.bundle",
     "validate": "optkit.compiler",

@@ -9,6 +9,7 @@ import inspect
 import json
 import logging
 import os
+import re
 import signal
 import sys
 import threading
@@ -584,6 +585,91 @@ def validate_candidate(
         report = validate(candidate, baseline, options.applied_to(base), progress=progress)
     exit_code = 0 if report.verdict.status == "passed" else GateError.exit_code
     return Answer(report.document, render(report.document), exit_code=exit_code)
+
+
+@command(
+    app,
+    "bench",
+    [
+        "bench model.pt2 --batch 1,8,32,128 --bound 5ms",
+        "bench model.pt2 --on tensorrt,onnxruntime,torch --precision fp16,int8 --data calibration/fashion-mnist.yaml",
+        "bench --recipe recipes/digits-int8.yaml --on onnxruntime,torch",
+    ],
+)
+def time_side_by_side(
+    options: ModelOptions,
+    terminal: Terminal,
+    checkpoint: Annotated[
+        str | None, typer.Argument(metavar="MODEL", help="Checkpoint, as `compile` takes it.")
+    ] = None,
+    on: Annotated[
+        str | None, typer.Option(metavar="NAME,NAME", help="Who takes part: torch and targets [all of them].")
+    ] = None,
+    precision: Annotated[
+        str | None,
+        typer.Option(
+            metavar="fp32|fp16|bf16|int8,...", help="Built-in recipes [fp32,fp16, with --data fp32,fp16,int8]."
+        ),
+    ] = None,
+    recipe: Annotated[
+        list[str] | None, typer.Option(metavar="FILE", help="Recipe file instead; may be repeated.")
+    ] = None,
+    batch: Annotated[
+        str | None, typer.Option(metavar="N,N", help="Batch sizes [1,8,32,128, or the only one the model takes].")
+    ] = None,
+    bound: Annotated[
+        str | None, typer.Option(metavar="TIME", help="Latency to keep to, as 5ms: says which batch does.")
+    ] = None,
+    rounds: Annotated[
+        int | None, typer.Option(metavar="N", min=2, help="Interleaved rounds [the recipe's: 20].")
+    ] = None,
+) -> Answer:
+    """Time a model side by side: runtimes, precisions and batch sizes.
+
+    Everyone who can run here is timed in the same interleaved rounds; the others are listed with the reason. Exits with
+    4 only if nobody can run.
+    """
+    from optkit.benchmark import PLATFORMS, bench
+
+    presets = precision or ("fp32,fp16,int8" if options.data else "fp32,fp16")
+    if recipe and precision:
+        raise UsageError("--recipe and --precision exclude each other: a precision is the built-in recipe of that name")
+    bases = [_base_recipe(file, None) for file in recipe or ()] or [_base_recipe(None, p) for p in _words(presets)]
+    chosen = [options.applied_to(base) for base, _ in bases]
+    if rounds is not None:
+        chosen = [_with_rounds(one, rounds) for one in chosen]
+    with terminal.progress() as progress:
+        found = bench(
+            checkpoint,
+            chosen,
+            on=PLATFORMS if on is None else _words(on),
+            batches=None if batch is None else _sizes(batch),
+            bound=None if bound is None else _seconds(bound),
+            progress=progress,
+        )
+    return Answer(found.document, found.summary)
+
+
+def _with_rounds(recipe: Recipe, rounds: int) -> Recipe:
+    latency = _over(recipe.validation.latency, {"rounds": rounds})
+    return recipe.updated(validation=_over(recipe.validation, {"latency": latency}))
+
+
+def _words(text: str) -> list[str]:
+    return [word.strip() for word in text.split(",") if word.strip()]
+
+
+def _sizes(text: str) -> list[int]:
+    if not all(word.isdigit() and int(word) for word in _words(text)) or not _words(text):
+        raise UsageError(f"--batch {text}: write sizes, as in --batch 1,8,32")
+    return [int(word) for word in _words(text)]
+
+
+def _seconds(text: str) -> float:
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(us|ms|s)", text.strip())
+    if match is None or float(match[1]) == 0:
+        raise UsageError(f"--bound {text}: write a time with its unit, as 5ms, 800us or 0.2s")
+    return float(match[1]) * {"us": 1e-6, "ms": 1e-3, "s": 1.0}[match[2]]
 
 
 @command(

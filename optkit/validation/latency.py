@@ -89,7 +89,7 @@ def measure_latency(
 ) -> Latency:
     """Time everyone whose latency means something, at the ``opt`` sizes of the signature."""
     signature = contest.signature
-    feeds, described = _feeds(signature, data, context)
+    feeds, described = latency_feeds(signature, data, context)
     before = _load()
     calls = {entrant.name: _warmed_up(entrant, feeds, settings) for entrant in contest.timed}
     rounds: dict[str, list[Array]] = {entrant.name: [] for entrant in contest.timed}
@@ -141,8 +141,8 @@ def _calls(seconds: float, call: float) -> int:
     return min(max(round(seconds / max(call, 1e-9)), 1), MOST_CALLS)
 
 
-def _feeds(signature: Signature, data: Data, context: Context) -> tuple[Feeds, str]:
-    """Real samples if they come in the sizes that latency is measured at, else random values."""
+def latency_feeds(signature: Signature, data: Data, context: Context) -> tuple[Feeds, str]:
+    """Real samples if they come in the sizes that latency is measured at, else random values; and which, in words."""
     sizes = signature.sizes()
     wanted = {spec.name: spec.sized(sizes) for spec in signature.inputs}
     first = next(iter(data.batches("validation", _batch(signature, sizes), None)), None)

@@ -42,7 +42,7 @@ def error_of(capsys: pytest.CaptureFixture[str]) -> str:
 def test_help_names_every_command(arguments, capsys):
     assert main(arguments) == 0
     text = capsys.readouterr().out
-    for command in ("compile", "validate", "sensitivity", "lint", "verify", "inspect", "doctor", "recipe"):
+    for command in ("compile", "validate", "bench", "sensitivity", "lint", "verify", "inspect", "doctor", "recipe"):
         assert f"  {command} " in text
 
 

@@ -38,7 +38,9 @@ from optkit.targets.pytorch import open_torch
 from optkit.validation import Report
 from optkit.validation import validate as judge
 from optkit.validation.contest import Contest, Entrant
+from optkit.validation.twin import build_twin
 from optkit.validation.validator import compare_entrants
+from optkit.worth import weigh
 
 if TYPE_CHECKING:
     import torch
@@ -93,14 +95,17 @@ def compile(
         context = Context(recipe.target, scratch, data, recipe.seed, threads, progress, resume=resume)
         judging = replace(context, data=data or random_data(start.signature, recipe.seed))
 
-        def judged(stages: Sequence[Stage], by: Recipe) -> Report:
-            return judge(stages, by, judging)
-
         stages = run_passes(recipe.passes, start, context)
+        twin = build_twin(stages, recipe, context)
+
+        def judged(stages: Sequence[Stage], by: Recipe) -> Report:
+            return judge(stages, by, judging, twin)
+
         before_judging = list(warnings)
         attempt = Attempt(recipe, stages, judged(stages, recipe))
         if can_help(attempt):
             attempt = roll_back(attempt, context, judged)
+        attempt = weigh(attempt, twin, context, judged)
         recipe, stages, report = attempt.recipe, attempt.stages, attempt.report
         report.document["warnings"] = before_judging + report.document["warnings"]
         report.document["passes"] = [{"name": stage.name, "seconds": stage.seconds} for stage in stages[1:]]

@@ -69,8 +69,12 @@ class Gate(Strict):
     """What to do if INT8 loses more: ``rollback`` puts the layers that cost the most back into float, as few as it
     takes, and ``report`` misses the gate."""
     min_speedup: float | None = Field(default=None, gt=0)
-    """How many times as fast as the FP32 ONNX model (optimized, if passes before the quantization do) the engine must
-    be; not judged if not given."""
+    """How many times as fast as the FP32 ONNX model the engine must be; not judged if not given. An INT8 engine is
+    compared with its twin, which is what the recipe makes without INT8 (in FP16 where the target computes in it), and
+    an FP16 or BF16 engine with the optimized FP32 model."""
+    slow_int8: Literal["report", "twin", "rollback"] = "report"
+    """What to do if INT8 is not shown to be faster than its twin: ``report`` says so, ``twin`` gives the twin instead,
+    and ``rollback`` puts those regions of the network back into float that are not faster."""
     confidence: float = Field(default=0.95, gt=0.5, lt=1)
     """Of the intervals that the gate looks at."""
 

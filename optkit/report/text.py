@@ -8,12 +8,18 @@ from typing import Any
 
 WIDTH = 100
 
+_REGIONS = 12
+"""How many regions in INT8 are shown."""
+
+_LONGEST = 40
+"""Characters of a name in a table."""
+
 Document = Mapping[str, Any]
 
 
 def render(document: Document) -> str:
     """The summary of a report: verdict, accuracy, stages, latency, warnings; of parts that are missing, nothing."""
-    parts = (_verdict, _accuracy, _search, _stages, _latency, _passes, _warnings)
+    parts = (_verdict, _accuracy, _search, _stages, _latency, _int8, _passes, _warnings)
     blocks = ["\n".join(fitted(line) for line in part(document)) for part in parts]
     return "\n\n".join(block for block in blocks if block) + "\n"
 
@@ -119,6 +125,58 @@ def environments(runners: Document) -> Iterator[str]:
         yield from wrapped(f"{', '.join(names)}: {described}")
 
 
+def _int8(document: Document) -> Iterator[str]:
+    int8 = document.get("int8")
+    if int8 is None:
+        return
+    if int8["pays"] is None:
+        yield from wrapped(
+            f"Whether INT8 is faster than the same recipe without it was not measured: {int8['why_not']}", ""
+        )
+        return
+    yield from _rollbacks(int8)
+    yield from _regions(int8)
+
+
+def _rollbacks(int8: Document) -> Iterator[str]:
+    if not int8["rollbacks"]:
+        return
+    yield f"INT8 beside its {int8['twin']}: what putting regions back into float gave"
+    rows = [
+        [
+            f"{len(tried['excluded'])} in float",
+            f"{tried['ratio']:.2f}" if tried["ratio"] is not None else "-",
+            interval(tried["interval"], 2),
+            _points(tried["drop_points"], 1),
+        ]
+        for tried in int8["rollbacks"]
+    ]
+    yield from table(["nodes", "times as fast", "interval", "drop"], rows)
+
+
+def _regions(int8: Document) -> Iterator[str]:
+    if int8["regions_why_not"]:
+        yield from wrapped(f"Which regions in INT8 are slow is not known: {int8['regions_why_not']}", "")
+    if not int8["regions"]:
+        return
+    yield f"Regions in INT8 beside the {int8['twin']}, in ms under a profiler, the slowest first"
+    regions = sorted(int8["regions"], key=lambda region: region["ratio"])
+    rows = [
+        [
+            f"{_short(region['name'])} ({len(region['nodes'])})",
+            milliseconds(region["int8_ms"]),
+            milliseconds(region["twin_ms"]),
+            f"{region['ratio']:.2f}",
+            interval(region["interval"], 2),
+            "pays" if region["pays"] else "does not pay",
+        ]
+        for region in regions[:_REGIONS]
+    ]
+    yield from table(["region (nodes)", "INT8", "twin", "times as fast", "interval", ""], rows)
+    if len(regions) > _REGIONS:
+        yield f"  and {len(regions) - _REGIONS} more in report.json"
+
+
 def _passes(document: Document) -> Iterator[str]:
     passes = document.get("passes")
     if passes:
@@ -153,6 +211,10 @@ def wrapped(text: str, indent: str = "  ") -> list[str]:
 def fitted(line: str) -> str:
     """A line cut to the width of the page."""
     return line if len(line) <= WIDTH else line[: WIDTH - 1] + "…"
+
+
+def _short(name: str) -> str:
+    return name if len(name) <= _LONGEST else f"{name[: _LONGEST // 2 - 1]}…{name[-_LONGEST // 2 :]}"
 
 
 def _points(score: float | None, factor: float = 100) -> str:

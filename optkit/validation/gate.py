@@ -11,7 +11,7 @@ from optkit.recipe import Gate
 from optkit.validation.accuracy import Accuracy
 from optkit.validation.contest import Contest
 from optkit.validation.latency import Latency
-from optkit.validation.statistics import Interval
+from optkit.validation.statistics import Interval, rounds_needed
 
 Status: TypeAlias = Literal["passed", "missed", "inconclusive"]
 
@@ -89,7 +89,7 @@ def judge_speed(contest: Contest, latency: Latency, wanted: float, confidence: f
         f"{100 * confidence:g} % confidence from {speedup.low:.2f} to {speedup.high:.2f} ({speedup.n} rounds)"
     )
     if not speedup.reliable:
-        least = math.ceil(math.log2(2 / (1 - confidence)))
+        least = rounds_needed(confidence)
         return Verdict("inconclusive", (f"{facts}: too few rounds to tell; at least {least} are needed.",))
     if speedup.low >= wanted:
         return Verdict("passed", (f"{facts}; {wanted:g} is wanted.",))

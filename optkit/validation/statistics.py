@@ -235,8 +235,13 @@ def _median(values: Array, method: str, confidence: float, rng: np.random.Genera
     n = len(values)
     medians = np.concatenate([np.median(values[drawn], axis=1) for drawn in _resamples(n, RESAMPLES, rng)])
     low, high = np.quantile(medians, _tails(confidence))
-    reliable = 1 - 2 * 0.5**n >= confidence
+    reliable = n >= rounds_needed(confidence)
     return Interval(float(np.median(values)), float(low), float(high), method, n, reliable=reliable)
+
+
+def rounds_needed(confidence: float) -> int:
+    """How few rounds give ``ratio_of_rounds`` an interval of that confidence at all."""
+    return math.ceil(math.log2(2 / (1 - confidence)))
 
 
 def percentile_needs(q: float) -> int:

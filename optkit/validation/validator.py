@@ -29,6 +29,7 @@ from optkit.validation.gate import Verdict, judge, judge_accuracy
 from optkit.validation.latency import latency_document, measure_latency
 from optkit.validation.stages import TOLERANCES, StageError, compare_stages, first_past_tolerance, precision_of
 from optkit.validation.statistics import Interval
+from optkit.validation.twin import QUANTIZED, NoTwin, Twin
 
 log = logging.getLogger("optkit.validation")
 
@@ -52,18 +53,20 @@ class Report:
     document: dict[str, Any]
 
 
-def validate(stages: Sequence[Stage], recipe: Recipe, context: Context) -> Report:
+def validate(stages: Sequence[Stage], recipe: Recipe, context: Context, twin: Twin | NoTwin | None = None) -> Report:
     """Validate what a recipe's passes made.
 
     The baselines are the PyTorch checkpoint, if there is one, and the ONNX model that was exported or came in. If a
-    pass lowered the precision, the last float32 ONNX model before it is timed too and is what ``gate.min_speedup``
-    counts from: what optimizing the float graph gains is no merit of the lower precision. The candidate is the engine;
-    if it cannot run on this machine, the ONNX model that it was built from stands in for it, and the report says so.
+    pass lowered the precision, what the recipe makes without it is timed too and is what ``gate.min_speedup`` counts
+    from, for what optimizing the float graph gains is no merit of the lower precision: the twin of an INT8 engine, and
+    else the last float32 ONNX model. The candidate is the engine; if it cannot run on this machine, the ONNX model
+    that it was built from stands in for it, and the report says so.
 
     Args:
         stages: the checkpoint first, the engine (or the last ONNX model) last.
         recipe: its ``validation``, ``gate`` and ``target``.
         context: the data, the seed, the threads.
+        twin: of the INT8 engine, if it is one.
 
     Raises:
         CheckpointError: the checkpoint itself gives NaN.
@@ -71,7 +74,7 @@ def validate(stages: Sequence[Stage], recipe: Recipe, context: Context) -> Repor
     """
     data, settings = _data(context), recipe.validation
     with contextlib.ExitStack() as opened, collected_warnings(log.name) as warnings:
-        contest = _contest(stages, recipe, context, opened)
+        contest = _contest(stages, recipe, context, twin, opened)
         engine = contest.candidate.runner if contest.candidate.name == ENGINE else None
         size = batch_size_for(contest.signature, settings.batch_size)
         whole = -(-settings.stage_samples // size) * size  # a static batch has to be full
@@ -138,7 +141,13 @@ def _data(context: Context) -> Data:
     return context.data
 
 
-def _contest(stages: Sequence[Stage], recipe: Recipe, context: Context, opened: contextlib.ExitStack) -> Contest:
+def _contest(
+    stages: Sequence[Stage],
+    recipe: Recipe,
+    context: Context,
+    twin: Twin | NoTwin | None,
+    opened: contextlib.ExitStack,
+) -> Contest:
     onnx_models = [stage.model for stage in stages if isinstance(stage.model, OnnxModel)]
     baselines = []
     if isinstance(stages[0].model, TorchModel):
@@ -146,12 +155,16 @@ def _contest(stages: Sequence[Stage], recipe: Recipe, context: Context, opened: 
     precision = precision_of(onnx_models[0])
     rival = ONNX if precision == "float32" else f"ONNX as given ({precision})"
     baselines.append(Entrant(rival, opened.enter_context(open_onnx(onnx_models[0], context.threads))))
-    optimized = _last_float(onnx_models)
-    if optimized is not None:
-        rival = OPTIMIZED
-        baselines.append(Entrant(rival, opened.enter_context(open_onnx(optimized, context.threads)), scored=False))
     candidate, what, why_not = _candidate(stages[-1].model, onnx_models[-1], recipe, context)
     opened.enter_context(candidate.runner)
+    optimized = _last_float(onnx_models)
+    quantized = any(stage.name == QUANTIZED for stage in stages)
+    if isinstance(twin, Twin) and quantized and why_not is None:
+        rival = twin.name
+        baselines.append(Entrant(rival, opened.enter_context(twin.open(context.threads)), scored=False))
+    elif optimized is not None:
+        rival = OPTIMIZED
+        baselines.append(Entrant(rival, opened.enter_context(open_onnx(optimized, context.threads)), scored=False))
     return Contest(tuple(baselines), candidate, rival, what, why_not)
 
 

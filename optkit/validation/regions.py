@@ -1,0 +1,182 @@
+"""Which parts of a network INT8 makes faster: regions between Quantize and Dequantize, timed beside their float twins.
+
+A region is a maximal connected set of nodes that compute in INT8, with the Q/DQ pairs (and whatever else quantization
+added) inside it and at its border. Its time is that of all layers which compute something of it; a layer that the
+runtime fused across the border draws its other nodes in, for both engines alike, so that the same work is compared.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from optkit.models import OnnxModel
+from optkit.quantize.placement.graph import constant
+from optkit.targets.profiling import LayerTime
+from optkit.validation.statistics import Interval, ratio_of_rounds
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+FUSED = frozenset({"Add", "Clip", "Relu"})
+"""Ops that join the INT8 kernel before them if all that they write is quantized."""
+
+Layers = Sequence[LayerTime]
+
+
+@dataclass(frozen=True)
+class Region:
+    """Connected INT8 nodes.
+
+    Attributes:
+        nodes: names of the float graph's nodes, in its order.
+        added: names of the nodes that quantization added.
+    """
+
+    nodes: tuple[str, ...]
+    added: tuple[str, ...]
+
+    @property
+    def name(self) -> str:
+        """Its first and last node."""
+        return self.nodes[0] if len(self.nodes) == 1 else f"{self.nodes[0]} to {self.nodes[-1]}"
+
+
+@dataclass(frozen=True)
+class RegionTime:
+    """What a region takes in INT8 and in its twin.
+
+    Attributes:
+        region: which one.
+        int8: its layers in the INT8 engine, seconds of each.
+        twin: its layers in the twin.
+        speedup: how many times as fast as in the twin it is in INT8.
+    """
+
+    region: Region
+    int8: tuple[LayerTime, ...]
+    twin: tuple[LayerTime, ...]
+    speedup: Interval
+
+
+def find_regions(floats: OnnxModel, quantized: OnnxModel) -> tuple[Region, ...]:
+    """The INT8 regions of a graph that ``quantize_int8`` made, in the order of the graph.
+
+    Args:
+        floats: what was quantized, its nodes named.
+        quantized: what came out, with its record of the nodes that compute in INT8.
+    """
+    known = {node.name for node in floats.ir.graph}
+    int8 = set(quantized.records["quantization"]["int8"])
+    inside = {node for node in quantized.ir.graph if node.name not in known or node.name in int8}
+    inside |= _between(quantized.ir.graph, inside)
+    regions = []
+    for members in _connected([node for node in quantized.ir.graph if node in inside]):
+        names = [str(node.name) for node in members]
+        nodes = tuple(name for name in names if name in known)
+        if nodes:
+            regions.append(Region(nodes, tuple(name for name in names if name not in known)))
+    return tuple(regions)
+
+
+def _between(graph: ir.Graph, inside: set[ir.Node]) -> set[ir.Node]:
+    """Nodes that only read what INT8 nodes give and only give what is quantized."""
+    fed: set[ir.Node] = set()
+    for node in graph:
+        read = [value for value in node.inputs if value is not None and constant(value) is None]
+        if node.op_type in FUSED and all(value.producer() in inside | fed for value in read):
+            fed.add(node)
+    kept: set[ir.Node] = set()
+    for node in reversed(graph):
+        uses = [use.node for value in node.outputs for use in value.uses()]
+        given_away = any(value.is_graph_output() for value in node.outputs)
+        if node in fed and uses and not given_away and all(user in inside | kept for user in uses):
+            kept.add(node)
+    return kept - inside
+
+
+def _connected(nodes: Sequence[ir.Node]) -> list[list[ir.Node]]:
+    """Groups of nodes that read each other's values."""
+    group: dict[ir.Node, list[ir.Node]] = {}
+    for node in nodes:
+        mine = group[node] = [node]
+        for value in node.inputs:
+            producer = value.producer() if value is not None else None
+            if producer in group and group[producer] is not mine:
+                mine.extend(group[producer])
+                for member in group[producer]:
+                    group[member] = mine
+    place = {node: index for index, node in enumerate(nodes)}
+    distinct = {id(members): sorted(members, key=place.__getitem__) for members in group.values()}
+    return sorted(distinct.values(), key=lambda members: place[members[0]])
+
+
+def time_regions(
+    regions: Sequence[Region],
+    int8: Sequence[Layers],
+    twin: Sequence[Layers],
+    confidence: float,
+    rng: np.random.Generator,
+) -> tuple[RegionTime, ...]:
+    """Compare regions by profiles of both engines; a region that no layer of one of them tells of is left out.
+
+    Args:
+        regions: those of the INT8 graph.
+        int8: the layers of the INT8 engine, round by round.
+        twin: those of the twin; the rounds correspond.
+        confidence: of the intervals.
+        rng: draws the resamples.
+    """
+    owner = _owners(regions, [layer.nodes for layer in (*int8[0], *twin[0])])
+    mine = [[_owned(layers, owner) for layers in rounds] for rounds in (int8, twin)]
+    times = []
+    for index, region in enumerate(regions):
+        quantized, plain = ([layers.get(index, ()) for layers in rounds] for rounds in mine)
+        if not all(map(_seconds, (*quantized, *plain))):
+            continue
+        ours, theirs = ([np.array([_seconds(layers)]) for layers in rounds] for rounds in (quantized, plain))
+        speedup = ratio_of_rounds(theirs, ours, confidence, rng)
+        times.append(RegionTime(region, _typical(quantized), _typical(plain), speedup))
+    return tuple(times)
+
+
+def _owners(regions: Sequence[Region], fused: Iterable[Sequence[str]]) -> Mapping[str, int]:
+    """Which region every node is compared in."""
+    owner = {name: index for index, region in enumerate(regions) for name in (*region.nodes, *region.added)}
+    waiting = list(fused)
+    while True:
+        touching = [names for names in waiting if any(name in owner for name in names)]
+        drawn = {name: _majority(names, owner) for names in touching for name in names if name not in owner}
+        if not drawn:
+            return owner
+        owner.update(drawn)
+
+
+def _majority(names: Sequence[str], owner: Mapping[str, int]) -> int:
+    return Counter(owner[name] for name in names if name in owner).most_common(1)[0][0]
+
+
+def _owned(layers: Layers, owner: Mapping[str, int]) -> dict[int, list[LayerTime]]:
+    """The layers of each region."""
+    found: dict[int, list[LayerTime]] = {}
+    for layer in layers:
+        if any(name in owner for name in layer.nodes):
+            found.setdefault(_majority(layer.nodes, owner), []).append(layer)
+    return found
+
+
+def _seconds(layers: Iterable[LayerTime]) -> float:
+    return sum(layer.seconds for layer in layers)
+
+
+def _typical(rounds: Sequence[Sequence[LayerTime]]) -> tuple[LayerTime, ...]:
+    """The layers, with the median of their rounds."""
+    seconds: dict[str, list[float]] = {}
+    for layers in rounds:
+        for layer in layers:
+            seconds.setdefault(layer.name, []).append(layer.seconds)
+    return tuple(LayerTime(layer.name, layer.nodes, float(np.median(seconds[layer.name]))) for layer in rounds[0])

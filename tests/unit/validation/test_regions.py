@@ -1,0 +1,123 @@
+"""Regions of INT8 nodes, and their times beside the float twin's."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from optkit.targets.profiling import LayerTime
+from optkit.validation.regions import Region, find_regions, time_regions
+
+FLOAT = """g (float[1,8,4,4] x) => (float[1,8] y) {
+    [first] a = Conv(x, w)
+    [first_relu] b = Relu(a)
+    [second] c = Conv(b, w)
+    [skip] d = Add(c, b)
+    [skip_relu] e = Relu(d)
+    [soft] s = Sigmoid(e)
+    [third] t = Conv(s, w)
+    [mean] y = ReduceMean<keepdims=0>(t, axes)
+}"""
+
+# The first two convolutions and the third are in INT8; what lies between is not, and the mean reads DQ in float
+INT8 = """g (float[1,8,4,4] x) => (float[1,8] y) <float k = {0.1}, int8 z = {0}> {
+    [x_Q] xq = QuantizeLinear(x, k, z)
+    [x_DQ] xd = DequantizeLinear(xq, k, z)
+    [w1_DQ] w1 = DequantizeLinear(q, k, z)
+    [first] a = Conv(xd, w1)
+    [first_relu] b = Relu(a)
+    [b_Q] bq = QuantizeLinear(b, k, z)
+    [b_DQ] bd = DequantizeLinear(bq, k, z)
+    [w2_DQ] w2 = DequantizeLinear(q, k, z)
+    [second] c = Conv(bd, w2)
+    [skip] d = Add(c, bd)
+    [skip_relu] e = Relu(d)
+    [e_Q] eq = QuantizeLinear(e, k, z)
+    [e_DQ] ed = DequantizeLinear(eq, k, z)
+    [soft] s = Sigmoid(ed)
+    [s_smooth] m = Mul(s, k)
+    [s_Q] sq = QuantizeLinear(m, k, z)
+    [s_DQ] sd = DequantizeLinear(sq, k, z)
+    [w3_DQ] w3 = DequantizeLinear(q, k, z)
+    [third] t = Conv(sd, w3)
+    [t_Q] tq = QuantizeLinear(t, k, z)
+    [t_DQ] td = DequantizeLinear(tq, k, z)
+    [mean] y = ReduceMean<keepdims=0>(td, axes)
+}"""
+
+
+@pytest.fixture
+def models(net):
+    axes, kernel = np.array([2, 3]), np.ones((8, 8, 1, 1))
+    quantized = net(INT8, q=kernel.astype(np.int8), axes=axes)
+    int8 = ["first", "second", "third"]
+    return net(FLOAT, w=kernel.astype("f"), axes=axes), quantized.with_record("quantization", {"int8": int8})
+
+
+def test_what_is_connected_in_int8_is_one_region(models):
+    first, second = find_regions(*models)
+    assert first.nodes == ("first", "first_relu", "second", "skip", "skip_relu")
+    assert first.added == ("x_Q", "x_DQ", "w1_DQ", "b_Q", "b_DQ", "w2_DQ", "e_Q", "e_DQ")
+    assert first.name == "first to skip_relu"
+    assert second.nodes == ("third",)
+    assert second.added == ("s_smooth", "s_Q", "s_DQ", "w3_DQ", "t_Q", "t_DQ")
+    assert second.name == "third"
+
+
+def test_a_value_that_also_leaves_in_float_parts_nothing_but_itself(models, net):
+    floats, quantized = models
+    text = INT8.replace("(float[1,8] y) <", "(float[1,8] y, float[1,8,4,4] e) <")
+    given = net(text, q=np.ones((8, 8, 1, 1), np.int8), axes=np.array([2, 3]))
+    first = find_regions(floats, given.with_record("quantization", quantized.records["quantization"]))[0]
+    assert "skip_relu" not in first.nodes  # its value is an output of the model: no kernel may swallow it
+
+
+def test_no_int8_no_region(models):
+    assert find_regions(models[0], models[0].with_record("quantization", {"int8": []})) == ()
+
+
+REGIONS = (Region(("a", "b"), ("a_Q",)), Region(("d",), ("d_Q", "d_DQ")))
+
+
+def layers(**seconds: float) -> list[LayerTime]:
+    """A layer for each keyword; its nodes are joined by two underscores."""
+    return [LayerTime(name, tuple(name.split("__")), value) for name, value in seconds.items()]
+
+
+def test_times_are_those_of_all_layers_of_a_region():
+    int8 = [layers(a_Q=1, a__b=3, c=9, d_Q=1, d=2, d_DQ=1)] * 6
+    twin = [layers(a=4, b=4, c=9, d=2)] * 6
+    first, second = time_regions(REGIONS, int8, twin, 0.95, np.random.default_rng(0))
+    assert [layer.name for layer in first.int8] == ["a_Q", "a__b"]
+    assert (first.speedup.estimate, first.speedup.reliable) == (2, True)
+    assert [layer.name for layer in second.twin] == ["d"]
+    assert second.speedup.estimate == 0.5
+
+
+def test_what_one_engine_fuses_into_a_region_counts_in_both():
+    int8 = [layers(a_Q=1, a__b=3, c=2, d=2, d_Q=1)] * 6
+    twin = [layers(a=4, b__c=5, d=2)] * 6  # c is fused here, so its kernel there is the region's too
+    first, _ = time_regions(REGIONS, int8, twin, 0.95, np.random.default_rng(0))
+    assert [layer.name for layer in first.int8] == ["a_Q", "a__b", "c"]
+    assert first.speedup.estimate == 9 / 6
+
+
+def test_a_layer_of_two_regions_counts_once():
+    int8 = [layers(a__b__d=6, d_Q=1)] * 6
+    twin = [layers(a=1, b=1, d=1)] * 6
+    first, second = time_regions(REGIONS, int8, twin, 0.95, np.random.default_rng(0))
+    assert [layer.name for layer in (*first.int8, *second.int8)] == ["a__b__d", "d_Q"]
+
+
+def test_a_region_that_no_layer_tells_of_is_left_out():
+    (only,) = time_regions(REGIONS, [layers(a=1, d=2)] * 6, [layers(a=1, x=1)] * 6, 0.95, np.random.default_rng(0))
+    assert only.region.nodes == ("a", "b")
+
+
+def test_the_interval_is_over_rounds():
+    int8 = [layers(a=seconds) for seconds in (1.0, 1.1, 0.9, 1.0, 1.2, 0.8)]
+    (few,) = time_regions(REGIONS[:1], int8[:3], [layers(a=1)] * 3, 0.95, np.random.default_rng(0))
+    (enough,) = time_regions(REGIONS[:1], int8, [layers(a=1)] * 6, 0.95, np.random.default_rng(0))
+    assert not few.speedup.reliable
+    assert enough.speedup.low < 1 < enough.speedup.high
+    assert enough.int8[0].seconds == 1.0  # the median of the rounds

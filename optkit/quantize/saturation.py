@@ -7,6 +7,7 @@ enough that no channel has two *neighbours* whose sum is larger, which costs 0.3
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -28,13 +29,30 @@ def pair_reach(node: ir.Node, weight: Array) -> Array:
     Neighbours are pairs along the reduction as the kernel walks it: the rows of a matrix; a convolution's inputs with
     channels innermost. Depthwise convolutions have a kernel of their own that sums in 32 bits.
     """
+    if _is_depthwise(node, weight.shape):
+        each: Array = np.abs(weight).reshape(len(weight), -1).max(axis=1)
+        return each
+    return reach_of_rows(_rows(node, weight))
+
+
+def neighbours(node: ir.Node, shape: tuple[int, ...]) -> Array:
+    """Where the neighbours of a weight of this shape lie: int64[pairs, 2], positions in the flat array."""
+    if _is_depthwise(node, shape):
+        return np.empty((0, 2), np.int64)
+    rows = _rows(node, np.arange(math.prod(shape)).reshape(shape))
+    return rows[:, : rows.shape[1] // 2 * 2].reshape(-1, 2)
+
+
+def _is_depthwise(node: ir.Node, shape: tuple[int, ...]) -> bool:
+    return node.op_type == "Conv" and attribute(node, "group", 1) > 1 and shape[1] == 1
+
+
+def _rows(node: ir.Node, weight: Array) -> Array:
+    """Each output channel's weights in the order in which the kernel sums."""
     rows = np.moveaxis(weight, weight_axis(node), 0)
     if node.op_type == "Conv":
-        if attribute(node, "group", 1) > 1 and weight.shape[1] == 1:
-            each: Array = np.abs(weight).reshape(len(weight), -1).max(axis=1)
-            return each
         rows = np.moveaxis(rows, 1, -1)
-    return reach_of_rows(rows.reshape(len(rows), -1))
+    return rows.reshape(len(rows), -1)
 
 
 def reach_of_rows(rows: Array) -> Array:

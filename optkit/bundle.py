@@ -28,11 +28,12 @@ import numpy as np
 from pydantic import TypeAdapter, ValidationError
 
 import optkit
-from optkit.errors import OptkitError, OutputError, UnavailableError, UsageError
+from optkit.errors import OptkitError, OutputError, UsageError
 from optkit.models import Engine, Feeds, OnnxModel, Signature
 from optkit.recipe import Recipe
 from optkit.report.text import render
-from optkit.targets.cpu import this_cpu
+from optkit.targets.base import quote
+from optkit.targets.cpu import recorded_cpu, this_cpu
 
 if TYPE_CHECKING:
     from optkit.data import Data
@@ -41,6 +42,10 @@ if TYPE_CHECKING:
     from optkit.validation import Report
 
 FORMAT_VERSION = 1
+MODEL_FILE = "model.onnx"
+
+MANIFEST_FILE = "manifest.json"
+
 EXTERNAL_DATA_BYTES = 1_900_000_000
 """Above this the weights go beside the ONNX file: protobuf ends at 2 GB."""
 
@@ -80,6 +85,12 @@ class Bundle:
         """Inputs and outputs, with the ranges of dynamic dimensions."""
         return _SIGNATURE.validate_python(self.manifest["signature"])
 
+    @property
+    def engine(self) -> Engine:
+        """The engine's file, with the records of its build."""
+        records = self.manifest["records"].get("engine", {})
+        return Engine(self.path / self.manifest["engine"], self.manifest["target"], self.signature, records)
+
     @cached_property
     def runner(self) -> Runner:
         """The engine, opened by its target; the recipe's threads apply.
@@ -88,8 +99,7 @@ class Bundle:
             UnavailableError: the engine cannot run on this machine.
         """
         recipe = self.recipe
-        engine = Engine(self.path / self.manifest["engine"], recipe.target.name, self.signature)
-        return recipe.target.open(engine, recipe.threads or self.manifest["threads"])
+        return recipe.target.open(self.engine, recipe.threads or self.manifest["threads"])
 
     def __call__(self, *inputs: Any, **named: Any) -> dict[str, np.ndarray[Any, Any]]:
         """Run the engine.
@@ -115,7 +125,7 @@ class Bundle:
 
 def is_bundle(path: Path) -> bool:
     """Whether a folder looks like one that optkit wrote."""
-    return (path / "manifest.json").is_file()
+    return (path / MANIFEST_FILE).is_file()
 
 
 def write(
@@ -141,11 +151,10 @@ def write(
     final = stages[-1].model
     records: dict[str, Any] = {}
     if onnx_models:
-        save_onnx(onnx_models[-1], folder / "model.onnx")
+        save_onnx(onnx_models[-1], folder / MODEL_FILE)
         records.update(onnx_models[-1].records)
     if isinstance(final, Engine):
-        for file in (final.path, *(final.path.parent / name for name in final.records.get("files", ()))):
-            shutil.move(file, folder / file.name)
+        take_engine(final, folder)
         records["engine"] = dict(final.records)
     if "ranges" in records:
         _write_json(folder / "ranges.json", records.pop("ranges"))
@@ -157,7 +166,7 @@ def write(
         "name": recipe.name,
         "verdict": report.verdict.status,
         "target": recipe.target.name,
-        "engine": final.path.name if isinstance(final, Engine) else "model.onnx",
+        "engine": final.path.name if isinstance(final, Engine) else MODEL_FILE,
         "signature": _SIGNATURE.dump_python(final.signature, mode="json"),
         "checkpoint": _absolute(provenance),
         "data": {split: data.fingerprint(split) for split in ("calibration", "validation")} if data else None,
@@ -165,11 +174,27 @@ def write(
         "threads": threads,
         "records": records,
         "versions": {**_versions(), **recipe.target.versions()},
-        "machine": {"platform": platform.platform(), "processor": this_cpu().name},
-        "files": {file.name: _digest(file) for file in sorted(folder.iterdir())},
+        "machine": this_machine(),
     }
-    _write_json(folder / "manifest.json", manifest)
-    return Bundle(folder, manifest)
+    return seal(folder, manifest)
+
+
+def seal(folder: Path, manifest: Mapping[str, Any]) -> Bundle:
+    """Write the manifest of a bundle whose files are all there, with the hash of each."""
+    files = {file.name: _digest(file) for file in sorted(folder.iterdir()) if file.name != MANIFEST_FILE}
+    _write_json(folder / MANIFEST_FILE, {**manifest, "files": files})
+    return Bundle(folder, {**manifest, "files": files})
+
+
+def this_machine() -> dict[str, str]:
+    """What the manifest says of the machine that an engine was built on."""
+    return {"platform": platform.platform(), "processor": this_cpu().name}
+
+
+def take_engine(engine: Engine, folder: Path) -> None:
+    """Move the files of a new engine into a bundle's folder."""
+    for file in (engine.path, *(engine.path.parent / name for name in engine.records.get("files", ()))):
+        shutil.move(file, folder / file.name)
 
 
 def _absolute(provenance: Mapping[str, Any]) -> dict[str, Any]:
@@ -197,7 +222,7 @@ def load(path: str | Path) -> Bundle:
     if not path.is_dir():
         raise UsageError(f"{path}: there is no such bundle")
     try:
-        manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
+        manifest = json.loads((path / MANIFEST_FILE).read_text(encoding="utf-8"))
         found = manifest["format_version"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UsageError(f"{path}: not an optkit bundle: its manifest.json cannot be read ({error})") from error
@@ -233,15 +258,27 @@ def move(folder: Path, to: Path, force: bool) -> None:
 
 @dataclass(frozen=True)
 class Problem:
-    """What ``verify`` found, how to mend it, and the exit code it stands for."""
+    """What ``verify`` found, how to mend it, and the exit code it stands for.
+
+    Attributes:
+        what: what is wrong.
+        mend: what to do about it.
+        exit_code: 2 for a damaged bundle, 4 for one that does not fit this machine.
+        changes: options of the target with which a new build on this machine mends it (``optkit.rebuild``); None if
+            no build does.
+    """
 
     what: str
     mend: str
     exit_code: int = 2
+    changes: Mapping[str, Any] | None = None
 
 
 def verify(path: str | Path) -> list[Problem]:
-    """Check a bundle on the machine where it will run: every file's hash, the versions, and that the engine answers.
+    """Check a bundle on the machine where it will run.
+
+    Every file is the one that was written, the engine is one for these versions, this GPU and this processor, and it
+    answers.
 
     Returns:
         The problems, none if all is well.
@@ -253,24 +290,22 @@ def verify(path: str | Path) -> list[Problem]:
     problems = _check_files(bundle)
     if problems:
         return problems
-    problems = _check_versions(bundle)
     try:
-        signature = bundle.signature
-        feeds = signature.random_feeds(np.random.default_rng(0))
-        outputs = bundle(feeds)
-    except (ValidationError, OptkitError) as error:
-        unavailable = isinstance(error, UnavailableError)
-        what = f"the engine does not run here: {error}"
-        return [*problems, Problem(what, "run it where its target is", 4) if unavailable else Problem(what, _AGAIN)]
-    for spec in signature.outputs:
-        if spec.name not in outputs:
-            problems.append(Problem(f"the engine does not give the output {spec.name!r}", _AGAIN))
-        elif not np.isfinite(outputs[spec.name].astype(np.float64)).all():
-            problems.append(Problem(f"the output {spec.name!r} is not finite on random inputs", _AGAIN))
-    return problems
+        problems = [*_check_versions(bundle), *_check_machine(bundle), *_check_sums(bundle)]
+        return problems or _check_answer(bundle)
+    except ValidationError as error:
+        return [Problem(f"manifest.json does not fit: {error}", _AGAIN)]
 
 
 _AGAIN = "compile it again from its checkpoint with its recipe.yaml"
+
+_REBUILD = "`optkit verify --rebuild` builds it again on this machine"
+
+_SAME: Mapping[str, Any] = {}
+"""The changes of a problem that a new build mends without any."""
+
+_OVERFLOW = "W12"
+"""The linter's rule of neighbouring weights whose products overflow 16 bits."""
 
 
 def _check_files(bundle: Bundle) -> list[Problem]:
@@ -278,14 +313,24 @@ def _check_files(bundle: Bundle) -> list[Problem]:
     listed = dict(bundle.manifest["files"])
     for name, expected in listed.items():
         file = bundle.path / name
+        of_engine = name in engine_files(bundle)  # a damaged engine can be built again from what is whole
+        mend, changes = _REBUILD if of_engine else _AGAIN, _SAME if of_engine else None
         if not file.is_file():
-            problems.append(Problem(f"{name} is missing", _AGAIN))
+            problems.append(Problem(f"{name} is missing", mend, changes=changes))
         elif _digest(file) != expected:
-            problems.append(Problem(f"{name} is not the file that was written: its SHA-256 differs", _AGAIN))
+            what = f"{name} is not the file that was written: its SHA-256 differs"
+            problems.append(Problem(what, mend, changes=changes))
     for file in sorted(bundle.path.iterdir()):
-        if file.name not in (*listed, "manifest.json"):
+        if file.name not in (*listed, MANIFEST_FILE):
             problems.append(Problem(f"{file.name} does not belong to the bundle", "delete it"))
     return problems
+
+
+def engine_files(bundle: Bundle) -> tuple[str, ...]:
+    """The names of the files that the target built; none if the recipe built no engine."""
+    name = bundle.manifest["engine"]
+    beside = bundle.manifest["records"].get("engine", {}).get("files", ())
+    return () if name == MODEL_FILE else (name, *beside)
 
 
 def _check_versions(bundle: Bundle) -> list[Problem]:
@@ -295,13 +340,67 @@ def _check_versions(bundle: Bundle) -> list[Problem]:
     for package, found in here.items():
         built = bundle.manifest["versions"].get(package)
         if built is not None and built != found:
-            problems.append(
-                Problem(
-                    f"the engine was built by {package} {built}, but {found} is here",
-                    f"{_AGAIN}, or install {package}=={built}",
-                )
-            )
+            what = f"the engine was built by {package} {built}, but {found} is here"
+            problems.append(Problem(what, f"{_REBUILD}, or install {package}=={built}", changes=_SAME))
     return problems
+
+
+def _check_machine(bundle: Bundle) -> list[Problem]:
+    """A plan belongs to a kind of GPU, an optimized graph may belong to a kind of processor."""
+    misfit = bundle.recipe.target.misfit(bundle.engine)
+    if misfit is None:
+        return []
+    mend = _AGAIN if misfit.changes is None else _REBUILD
+    return [Problem(f"the engine does not fit this machine: {misfit.what}", mend, 4, misfit.changes)]
+
+
+def _check_sums(bundle: Bundle) -> list[Problem]:
+    """INT8 weights that were made where kernels sum exactly, on a processor whose kernels do not.
+
+    Where the bundle was compiled on such a processor, what that costs is in its report already.
+    """
+    from optkit.quantize.linter import lint
+
+    target = bundle.recipe.target
+    policy, cpu = target.dialect.int8, recorded_cpu(bundle.engine.records)
+    if policy is None or not policy.sums_in_16_bits or cpu is None or cpu.saturates_int8:
+        return []
+    found = [one.node for one in lint(read_onnx(bundle), policy) if one.rule == _OVERFLOW]
+    if not found:
+        return []
+    what = (
+        f"the INT8 weights of {quote(found)} were made for {cpu.name}, which sums their products exactly; the kernels "
+        f"of {this_cpu().name} add them in 16 bits, where they overflow"
+    )
+    mend = f"{_REBUILD}, with exact and slower kernels; {_AGAIN} here to have fast ones"
+    return [Problem(what, mend, 4, target.exact_sums)]
+
+
+def _check_answer(bundle: Bundle) -> list[Problem]:
+    signature = bundle.signature
+    feeds = signature.random_feeds(np.random.default_rng(0))
+    try:
+        outputs = bundle(feeds)
+    except OptkitError as error:
+        what = f"the engine does not run here: {error}"
+        available = bundle.recipe.target.can_run()
+        if available.ok:
+            return [Problem(what, _REBUILD, error.exit_code, _SAME)]
+        return [Problem(what, available.mend, 4)]
+    problems = []
+    for spec in signature.outputs:
+        if spec.name not in outputs:
+            problems.append(Problem(f"the engine does not give the output {spec.name!r}", _REBUILD, changes=_SAME))
+        elif not np.isfinite(outputs[spec.name].astype(np.float64)).all():
+            problems.append(Problem(f"the output {spec.name!r} is not finite on random inputs", _AGAIN))
+    return problems
+
+
+def read_onnx(bundle: Bundle) -> OnnxModel:
+    """The model that the engine was built from."""
+    import onnx_ir as ir
+
+    return OnnxModel(ir.load(bundle.path / MODEL_FILE), bundle.signature)
 
 
 def _digest(path: Path) -> dict[str, Any]:

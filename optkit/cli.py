@@ -738,22 +738,40 @@ def lint_model(
     return Answer(document, "\n".join(lines), exit_code=UsageError.exit_code if errors else 0)
 
 
-@command(app, "verify", ["verify digits-int8"])
+@command(app, "verify", ["verify digits-int8", "verify digits-int8 --rebuild"])
 def verify_bundle(
-    terminal: Terminal, bundle: Annotated[Path, typer.Argument(metavar="BUNDLE", help="Folder that `compile` wrote.")]
+    terminal: Terminal,
+    bundle: Annotated[Path, typer.Argument(metavar="BUNDLE", help="Folder that `compile` wrote.")],
+    rebuild: Annotated[
+        bool, typer.Option("--rebuild", help="Build an engine that does not fit again, from the bundle's ONNX.")
+    ] = False,
 ) -> Answer:
     """Check a bundle on this machine.
 
-    Every file is the one that was written, the versions fit, and the engine answers.
+    Every file is the one that was written, the engine fits the versions, the GPU and the processor here, and it
+    answers.
     """
     from optkit.bundle import verify
 
     problems = verify(bundle)
-    document = {"bundle": str(bundle), "problems": [dataclasses.asdict(problem) for problem in problems]}
+    rebuilt = rebuild and any(problem.changes is not None for problem in problems)
+    if rebuilt:
+        from optkit.rebuild import rebuild as build_again
+
+        with terminal.progress() as progress:
+            build_again(bundle, progress=progress)
+        problems = verify(bundle)
+    told = "\n".join(f"{bundle}: {problem.what}; {problem.mend}" for problem in problems)
+    document = {
+        "bundle": str(bundle),
+        "rebuilt": rebuilt,
+        "problems": [dataclasses.asdict(problem) for problem in problems],
+    }
+    how = "its engine was built again here; `optkit validate` judges it" if rebuilt else ""
     if not problems:
-        return Answer(document, f"{bundle}: whole, and its engine runs here")
-    found = "\n".join(f"{bundle}: {problem.what}; {problem.mend}" for problem in problems)
-    return Answer(document, problem=found, exit_code=min(problem.exit_code for problem in problems))
+        return Answer(document, f"{bundle}: {how or 'whole, and its engine runs here'}")
+    text = f"{bundle}: {how}" if rebuilt else ""
+    return Answer(document, text, told, exit_code=min(problem.exit_code for problem in problems))
 
 
 @command(app, "doctor", ["doctor"])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -111,6 +111,19 @@ class Environment:
     settings: dict[str, Any] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class Misfit:
+    """Why an engine that was built elsewhere is not one for this machine.
+
+    Attributes:
+        what: what differs, in words.
+        changes: options of the target to change so that a new build fits; None if no build would.
+    """
+
+    what: str
+    changes: Mapping[str, Any] | None = field(default_factory=dict)
+
+
 class Runner(Protocol):
     """An opened model that runs. Close it, or use it as a context manager."""
 
@@ -171,6 +184,15 @@ class Target(BaseModel):
     def versions(self) -> dict[str, str]:
         """Versions of the tools that shape this target's engines, for the manifest."""
         raise NotImplementedError
+
+    def misfit(self, engine: Engine) -> Misfit | None:
+        """Why this machine is another one than the engine's records say it was built for; None if nothing says so."""
+        return None
+
+    @property
+    def exact_sums(self) -> Mapping[str, Any]:
+        """Options that keep sums of INT8 products exact where kernels add them in 16 bits (``sums_in_16_bits``)."""
+        return {}
 
 
 def check_feeds(signature: Signature, feeds: Feeds) -> None:

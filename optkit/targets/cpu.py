@@ -5,6 +5,10 @@ from __future__ import annotations
 import platform
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from optkit.models import Record
 
 CPUINFO = Path("/proc/cpuinfo")
 
@@ -43,3 +47,9 @@ def this_cpu(cpuinfo: Path = CPUINFO) -> Cpu:
     flags = entries.get("flags", entries.get("Features", "")).split()
     name = entries.get("model name") or platform.processor() or platform.machine()
     return Cpu(name, tuple(feature for feature in VECTOR_FEATURES if feature in flags))
+
+
+def recorded_cpu(records: Record) -> Cpu | None:
+    """The processor that an engine was built on, if its records say so."""
+    cpu = records.get("cpu")
+    return None if cpu is None else Cpu(cpu["name"], tuple(cpu["features"]))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -15,8 +16,8 @@ import numpy as np
 from optkit.context import Context
 from optkit.errors import BuildError, PassError, UnavailableError, UsageError
 from optkit.models import Engine, Feeds, OnnxModel, Signature
-from optkit.targets.base import ORT_CPU, Availability, Dialect, Environment, Target, check_feeds, quote
-from optkit.targets.cpu import this_cpu
+from optkit.targets.base import ORT_CPU, Availability, Dialect, Environment, Misfit, Target, check_feeds, quote
+from optkit.targets.cpu import recorded_cpu, this_cpu
 from optkit.targets.onnxruntime_profiler import OrtProfiler
 
 if TYPE_CHECKING:
@@ -209,9 +210,22 @@ class OnnxRuntimeTarget(Target):
         if built_for not in (None, here) and _LAYOUT_DOMAIN in _contents(engine.path)[1]:
             raise UnavailableError(
                 f"{engine.path} was laid out for processors with {built_for}, and this one has {here}: "
-                "build it again on this machine, or with `optimization: extended`, which runs on every processor"
+                "build it again on this machine with `optkit verify BUNDLE --rebuild`, or with "
+                "`optimization: extended`, which runs on every processor"
             )
         return OrtRunner(session, engine.signature, self.environment(threads))
+
+    def misfit(self, engine: Engine) -> Misfit | None:
+        """Weights that were laid out for another kind of processor."""
+        cpu = recorded_cpu(engine.records)
+        if cpu is None or engine.records.get("portable", True) or cpu.isa == this_cpu().isa:
+            return None
+        return Misfit(f"its weights were laid out for processors with {cpu.isa}, and this one has {this_cpu().isa}")
+
+    @property
+    def exact_sums(self) -> Mapping[str, Any]:
+        """ONNX Runtime can do without its fast kernels."""
+        return {"exact_int8": True}
 
     def profiler(self, engine: Engine, model: OnnxModel, threads: int) -> OrtProfiler:
         """Open a saved engine for profiling: it is run as ``open`` runs it, under ONNX Runtime's profiler."""

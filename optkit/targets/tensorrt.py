@@ -14,7 +14,7 @@ from optkit.context import Context
 from optkit.errors import OptkitError
 from optkit.models import Engine, OnnxModel
 from optkit.targets import cuda, engine_layers, tensorrt_plan
-from optkit.targets.base import TENSORRT, WEAK_TYPES, Availability, Dialect, Target
+from optkit.targets.base import TENSORRT, WEAK_TYPES, Availability, Dialect, Misfit, Target
 from optkit.targets.tensorrt_runner import TensorRtProfiler, TensorRtRunner
 from optkit.targets.worker_client import PYTHON_VARIABLE, probe, worker_python
 
@@ -158,6 +158,19 @@ class TensorRtTarget(Target):
         except OptkitError:
             return {}
         return {"tensorrt": found} if found else {}
+
+    def misfit(self, engine: Engine) -> Misfit | None:
+        """A plan belongs to the kind of GPU that its kernels were timed on, unless it was built for more."""
+        gpus, built = cuda.detect().gpus, engine.records
+        if not gpus or "compute_capability" not in built:
+            return None
+        gpu, same = gpus[0], built["compute_capability"] == gpus[0].capability
+        if (gpu.name == built["gpu"] and same) or (self.hardware_compatibility == "same_compute_capability" and same):
+            return None
+        if self.hardware_compatibility == "ampere_plus" and float(gpu.capability) >= 8:
+            return None
+        here = f"{gpu.name} (compute capability {gpu.capability})"
+        return Misfit(f"it was built for {built['gpu']} (compute capability {built['compute_capability']}), not {here}")
 
 
 def _features() -> Mapping[str, bool]:

@@ -11,7 +11,7 @@ from optkit.context import Context
 from optkit.errors import OptkitError, UnavailableError
 from optkit.models import Engine, OnnxModel
 from optkit.targets import cuda, tensorrt_plan
-from optkit.targets.base import TENSORRT, Availability, Dialect, Runner, Target
+from optkit.targets.base import TENSORRT, Availability, Dialect, Misfit, Runner, Target
 from optkit.targets.worker_client import PYTHON_VARIABLE
 
 MODULE = "tensorrt_rtx"
@@ -97,6 +97,19 @@ class TensorRtRtxTarget(Target):
         except OptkitError:
             return {}
         return {"tensorrt-rtx": found} if found else {}
+
+    def misfit(self, engine: Engine) -> Misfit | None:
+        """A plan has kernels for the compute capabilities that it was built for; a portable one from Ampere on."""
+        gpus = cuda.detect().gpus
+        if not gpus or gpus[0].capability not in RUNS_ON:  # no build would run there, as `can_run` says
+            return None
+        here = gpus[0].capability
+        fits = here in self.compute_capabilities if self.compute_capabilities else float(here) >= 8
+        if fits:
+            return None
+        built = engine.records.get("compute_capabilities", "other GPUs")
+        what = f"it was built for compute capability {built}, and {gpus[0].name} has {here}"
+        return Misfit(what, {"compute_capabilities": [*self.compute_capabilities, here]})
 
     def _inspect(self, plan: Path) -> dict[str, object]:
         """The layers that TensorRT made, where there is a GPU that can load the plan."""

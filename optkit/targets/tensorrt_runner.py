@@ -15,9 +15,7 @@ from optkit.targets.engine_layers import nodes_of_layers
 from optkit.targets.profiling import LayerTime
 from optkit.targets.worker_client import Worker
 
-_CANNOT_LOAD = (
-    "build it again on this machine: optkit compile with the model.onnx beside it and a recipe that only builds"
-)
+_CANNOT_LOAD = "build it again on this machine: optkit verify BUNDLE --rebuild"
 
 
 class TensorRtRunner:

@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("optkit.quantize")
 
-_PROMISES = frozenset({"W8", "W9", "W10"})
+_PROMISES = frozenset({"W8", "W9", "W10", "W13"})
 """Linter rules that mean that a node which was to be INT8 runs in float, or in pieces that are no faster."""
 
 

@@ -18,6 +18,7 @@ W9   a convolution reads INT8 and its output is not quantized, where the target 
 W10  a product of integers is not written in the form that the target fuses, so that each of its parts runs alone
 W11  a convolution finds the range of its activation at each call, for which there is no fast kernel
 W12  neighbouring weights of a channel overflow the 16 bits in which this processor's kernels add their products
+W13  a bias is float, or is about to become that of a Gemm, where the target then computes the product in float
 ==== ================================================================================================
 """
 
@@ -32,6 +33,7 @@ import numpy as np
 from optkit.models import OnnxModel
 from optkit.quantize.placement.draft import WEIGHTED
 from optkit.quantize.placement.graph import ACTIVATIONS, MOVES, attribute, constant, only_consumer, weight_axis
+from optkit.quantize.placement.linear_inputs import merged_add
 from optkit.quantize.placement.small_kernels_float import small_product
 from optkit.quantize.saturation import MOST, pair_reach, reach_of_rows
 from optkit.targets.base import Int8Policy
@@ -191,8 +193,15 @@ def _weights(node: ir.Node, policy: Int8Policy) -> Iterator[Finding]:
         problem = small_product(node, stored)
         if problem is not None:
             yield Finding("W5", name, problem, f"leave it in float: exclude: [{name}]")
-    if policy.bias == "float" and len(node.inputs) > 2 and _is_int32(_producer(node.inputs[2])):
+    bias = node.inputs[2] if len(node.inputs) > 2 else None
+    if policy.bias == "float" and _is_int32(_producer(bias)):
         yield Finding("E3", name, "its bias is INT32", "keep the bias in float")
+    if policy.bias == "int32" and bias is not None and not _is_int32(_producer(bias)):
+        yield Finding("W13", name, "its bias is float", "store it as INT32 behind a DequantizeLinear")
+    if "linear_inputs" in policy.rules and merged_add(node) is not None:
+        yield Finding(
+            "W13", name, "with its Add it becomes a float Gemm", "make it a Gemm, or give the bias a 1 before it"
+        )
     if node.op_type == "Conv" and "conv_in_out" in policy.rules and not _reaches_quantize(node):
         yield Finding("W9", name, "its output is not quantized", "quantize it, or leave the convolution in float")
 

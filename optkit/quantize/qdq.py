@@ -122,11 +122,15 @@ class _Writer:
         node.replace_input_with(1, self._dequantized(node, 1, weight))
 
     def _added(self, node: ir.Node) -> None:
-        """Replace the constant of an Add that follows a product, if it was corrected."""
+        """Replace the constant of an Add that follows a product, if it was corrected or must not look like a bias."""
         corrected = self._quantization.biases.get(node.name or "")
+        apart = node.name in self._quantization.placement.apart
         for index, value in enumerate(node.inputs):
-            if corrected is not None and constant(value) is not None:
-                node.replace_input_with(index, add_initializer(self._graph, f"{node.name}_bias", corrected))
+            tensor = constant(value)
+            if tensor is not None and (apart or corrected is not None):
+                added = tensor.numpy() if corrected is None else corrected
+                shaped = added[None] if apart else added
+                node.replace_input_with(index, add_initializer(self._graph, f"{node.name}_bias", shaped))
 
     def _bias(self, node: ir.Node) -> Array | None:
         corrected = self._quantization.biases.get(node.name or "")

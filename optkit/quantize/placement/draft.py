@@ -35,6 +35,7 @@ class Placement:
         dynamic: names of the nodes that find the range of their activation at each call; no Q/DQ pair, no calibration.
         weights: constant operands with the axis of their scales.
         biases: constant operands that are stored as INT32, with scale(input 0) * scale(input 1).
+        apart: names of Adds that must not be merged with the product before them: their vector gets a 1 before it.
         same_scale: tensor -> the tensor whose scale it takes over, because the op between them changes no value.
         one_scale: groups of tensors that share the scale of all of them together.
         int8: names of the nodes that compute in INT8.
@@ -46,6 +47,7 @@ class Placement:
     dynamic: frozenset[str]
     weights: dict[Use, int]
     biases: frozenset[Use]
+    apart: frozenset[str]
     same_scale: dict[str, str]
     one_scale: tuple[frozenset[str], ...]
     int8: tuple[str, ...]
@@ -70,6 +72,7 @@ class Draft:
     dynamic: set[str] = field(default_factory=set)
     weights: dict[Use, int] = field(default_factory=dict)
     biases: set[Use] = field(default_factory=set)
+    apart: set[str] = field(default_factory=set)
     same_scale: dict[str, str] = field(default_factory=dict)
     one_scale: list[frozenset[str]] = field(default_factory=list)
     int8: dict[str, None] = field(default_factory=dict)
@@ -107,6 +110,11 @@ class Draft:
         if self.int32_bias and len(node.inputs) > _BIAS and node.inputs[_BIAS] is not None:
             self.biases.add(Use(node.name, _BIAS))
 
+    def keep_apart(self, add: ir.Node) -> None:
+        """Do not let the runtime merge an Add with the product before it."""
+        assert add.name is not None
+        self.apart.add(add.name)
+
     def keep_float(self, node: ir.Node, reason: str) -> None:
         """Leave a node in float, and say why."""
         assert node.name is not None
@@ -126,6 +134,7 @@ class Draft:
             dynamic=frozenset(self.dynamic),
             weights=dict(self.weights),
             biases=frozenset(self.biases),
+            apart=frozenset(self.apart),
             same_scale={name: source for name, source in self.same_scale.items() if name in tensors},
             one_scale=tuple(frozenset(group) for group in groups if len(group) > 1),
             int8=tuple(self.int8),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from optkit.quantize.placement.draft import Draft
+from optkit.quantize.placement.graph import constant, only_consumer
 from optkit.quantize.placement.read_int8 import read_int8
 
 if TYPE_CHECKING:
@@ -16,8 +17,32 @@ def linear_inputs(node: ir.Node, draft: Draft) -> bool:
 
     The kernels write float for free, and what follows (Softmax, LayerNorm, Gelu) wants it: on encoders this placement
     doubles the decibels of quantizing the outputs too.
+
+    ONNX Runtime makes a float Gemm of a product and the vector that is added to it, before it looks at Q/DQ pairs,
+    where it knows the shape or the product has two dimensions. A vector with a 1 before it is left alone.
     """
     if node.op_type not in ("MatMul", "Gemm"):
         return False
-    read_int8(node, draft)
+    add = merged_add(node)
+    if add is not None and _dimensions(node) == 2:
+        draft.keep_float(node, "ONNX Runtime makes a float Gemm of it and its Add: run optimize_graph before")
+    elif read_int8(node, draft) and add is not None:
+        draft.keep_apart(add)
     return True
+
+
+def merged_add(node: ir.Node) -> ir.Node | None:
+    """The Add behind a ``MatMul`` with which ONNX Runtime would make a float Gemm of it."""
+    add = only_consumer(node.outputs[0]) if node.op_type == "MatMul" else None
+    shape = None if node.inputs[0] is None else node.inputs[0].shape
+    if add is None or add.op_type != "Add" or shape is None:
+        return None
+    ranks = {len(tensor.shape) for value in add.inputs if (tensor := constant(value)) is not None}
+    if len(shape) == 2:
+        return add if ranks & {1, 2} else None
+    return add if ranks == {1} and shape.is_static() else None
+
+
+def _dimensions(node: ir.Node) -> int | None:
+    shape = None if node.inputs[0] is None else node.inputs[0].shape
+    return None if shape is None else len(shape)

@@ -27,6 +27,7 @@ WEIGHT = "wd = DequantizeLinear <axis = 0> (w, ws, wz)"
 GOOD = f"{HEAD} {PAIR} {WEIGHT} c1 = Conv(d, wd) y = Exp(c1) }}"
 
 AT_RUN_TIME = "q, qs, qz = DynamicQuantizeLinear(x) i0 = MatMulInteger(q, m, qz) f0 = Cast <to = 1> (i0)"
+MATRIX = f"g (float[n,32] x) => (float[n,8] y) {{ {PAIR} wd = DequantizeLinear(m, s, z) c1 = MatMul(d, wd)"
 SATURATES = replace(ORT_CPU, sums_in_16_bits=True)
 
 # rule, the graph that breaks it, the op type of the node that is named, and the policy that objects
@@ -88,6 +89,8 @@ BROKEN = [
         ORT_CPU,
     ),
     ("E2", f"{HEAD} {AT_RUN_TIME} t = Mul(qs, s) y = Mul(f0, t) }}", "MatMulInteger", ORT_CPU),
+    ("W13", f"{MATRIX} b0 = Add(c1, ws) y = Exp(b0) }}", "MatMul", ORT_CPU),
+    ("W13", f"{HEAD} {PAIR} {WEIGHT} c1 = Conv(d, wd, ws) y = Exp(c1) }}", "Conv", ORT_CPU),
     ("W11", f"{HEAD} q, qs, qz = DynamicQuantizeLinear(x) y = ConvInteger(q, w, qz) }}", "ConvInteger", ORT_CPU),
     ("W12", f"{HEAD} {AT_RUN_TIME} t = Mul(qs, s) y = Mul(f0, t) }}", "MatMulInteger", SATURATES),
     (

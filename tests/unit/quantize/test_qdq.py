@@ -143,3 +143,27 @@ def test_concatenated_tensors_get_the_same_scale(net, array_data):
     quantization = quantization_of(model, data, TENSORRT)
     assert quantization.activations["a"] == quantization.activations["c"]
     assert Use("Conv_4", 1) in quantization.weights or len(quantization.weights) == 2
+
+
+@pytest.mark.parametrize("dims", ["1,4,16", "n,4,16", "2,3,4,16"])
+@pytest.mark.parametrize("corrected", [False, True])
+def test_products_with_a_bias_become_int8_kernels_whatever_is_known_of_the_shape(
+    net, array_data, tmp_path, dims, corrected
+):
+    rng = np.random.default_rng(0)
+    model = net(
+        f"g (float[{dims}] x) => (float[{dims}] y) {{ p = MatMul(x, w) y = Add(p, b) }}",
+        w=rng.standard_normal((16, 16)).astype("f"),
+        b=rng.standard_normal(16).astype("f"),
+    )
+    shape = [1 if dim == "n" else int(dim) for dim in dims.split(",")]
+    data = array_data({"x": rng.standard_normal((shape[0], *shape[1:])).astype("f")})
+    quantization = quantization_of(model, data, ONNXRUNTIME)
+    if corrected:
+        quantization = replace(quantization, biases={"Add_1": np.arange(16, dtype=np.float32)})
+    after = write(model, quantization)
+    found = optimized_ops(after, tmp_path)
+    assert found == {"QuantizeLinear": 1, "MatMulIntegerToFloat": 1, "Add": 1}
+    assert not lint(after, ONNXRUNTIME)
+    if not corrected:
+        assert sqnr(model, after, data) > 30

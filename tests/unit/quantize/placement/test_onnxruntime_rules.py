@@ -141,3 +141,34 @@ def test_nodes_get_unique_names(net):
     assert len(set(given)) == 4
     assert all(given)
     assert given[0] == "n"
+
+
+BEHIND = {
+    # What stands behind the product, and whether ONNX Runtime may make a float Gemm of both
+    "fixed shape": ("1,4,16", "a = Add(m, b)", True),
+    "fixed shape, bias first": ("1,4,16", "a = Add(b, m)", True),
+    "dynamic shape": ("n,4,16", "a = Add(m, b)", False),
+    "no vector": ("1,4,16", "a = Add(m, m)", False),
+    "another operator": ("1,4,16", "a = Mul(m, b)", False),
+    "the product is read elsewhere": ("1,4,16", "e = Exp(m) f = Add(m, b) a = Add(e, f)", False),
+}
+
+
+@pytest.mark.parametrize("case", BEHIND)
+def test_a_product_is_kept_apart_from_its_bias_where_both_would_become_a_float_gemm(net, case):
+    dims, text, apart = BEHIND[case]
+    model = net(
+        f"g (float[{dims}] x) => (float[{dims}] y) {{ m = MatMul(x, w) {text} y = Exp(a) }}",
+        w=weight(16, 16),
+        b=weight(16),
+    )
+    placement = placed(model)
+    assert placement.int8 == ("MatMul_0",)
+    assert placement.apart == ({"Add_1"} if apart else frozenset())
+
+
+def test_a_matrix_product_that_was_not_made_a_gemm_stays_float_and_says_why(net):
+    model = net("g (float[n,16] x) => (float[n,4] y) { m = MatMul(x, w) y = Add(m, b) }", w=weight(16, 4), b=weight(4))
+    assert placed(model).kept_float == {
+        "MatMul_0": "ONNX Runtime makes a float Gemm of it and its Add: run optimize_graph before"
+    }

@@ -7,7 +7,7 @@ import importlib.util
 import logging
 import math
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -44,7 +44,7 @@ log = logging.getLogger("optkit.passes")
 _TIMED = 0.1
 """Seconds for which each of two engines is timed in a round."""
 
-_ROUNDS = 7
+_ROUNDS = 5
 """How often they take turns."""
 
 
@@ -116,15 +116,14 @@ class PruneChannels(TorchPass):
         """The model without what matters least, step by step; what cannot be pruned is in its record."""
         with ExitStack() as opened:
             goal = self._goal(model, context, opened)
-            current, kept = model, dict[str, str]()
+            at = _Point(model, goal.start, {})
             for step in context.progress(range(1, self.steps + 1), "pruning channels", self.steps):
-                if step == 1 or goal.measure(current) < goal.at(step / self.steps):
-                    current, kept = self._step(model, current, goal, goal.at(step / self.steps), context)
-                    current = self._recovered(current, step, context)
-            reached = goal.measure(current)
-        pruned = replace(current, module=current.module.requires_grad_(False))
-        record = {**self._record(model, pruned, goal, reached), "kept": kept}
-        return replace(pruned, records={**pruned.records, "pruning": record})
+                wanted = goal.at(step / self.steps)
+                if at.reached < wanted:
+                    at = self._step(model, at, goal, wanted, context)
+                    at = replace(at, model=self._recovered(at.model, step, context))
+        pruned = replace(at.model, module=at.model.module.requires_grad_(False))
+        return replace(pruned, records={**pruned.records, "pruning": self._record(model, pruned, goal, at)})
 
     def _goal(self, model: TorchModel, context: Context, opened: ExitStack) -> Goal:
         if self.speedup is not None:
@@ -132,19 +131,17 @@ class PruneChannels(TorchPass):
             return Goal("times the speed", self.speedup, 1.0, stopwatch.speedup)
         inputs = examples(model.signature)
         before = size_of(model.module, inputs)
+        macs, parameters = max(before.macs, 1), max(before.parameters, 1)
         if self.macs is not None:
-            return Goal("of the MACs", self.macs, 0.0, lambda m: 1 - size_of(m.module, inputs).macs / before.macs)
+            return Goal("of the MACs", self.macs, 0.0, lambda m: 1 - size_of(m.module, inputs).macs / macs)
         assert self.parameters is not None  # there is exactly one goal
-        count = before.parameters
         return Goal(
-            "of the parameters", self.parameters, 0.0, lambda m: 1 - size_of(m.module, inputs).parameters / count
+            "of the parameters", self.parameters, 0.0, lambda m: 1 - size_of(m.module, inputs).parameters / parameters
         )
 
-    def _step(
-        self, original: TorchModel, model: TorchModel, goal: Goal, wanted: float, context: Context
-    ) -> tuple[TorchModel, dict[str, str]]:
-        """The model pruned until the goal has the wanted value, and why which layers keep their width."""
-        model = replace(model, module=_trainable(model.module))
+    def _step(self, original: TorchModel, at: _Point, goal: Goal, wanted: float, context: Context) -> _Point:
+        """The model pruned until the goal has the wanted value."""
+        model = replace(at.model, module=_trainable(at.model.module))
         inputs = examples(model.signature)
         multiple = self.multiple or context.target.dialect.width_multiple
         groups, kept = prunable_groups(model.module, inputs, self.skip, multiple)
@@ -159,24 +156,27 @@ class PruneChannels(TorchPass):
         )
         if not order:
             raise PreconditionError(
-                f"{_nothing_to_prune(groups, kept, multiple)}; so far it is {goal.told(goal.measure(model))}"
+                f"{_nothing_to_prune(groups, kept, multiple)}; so far it is {goal.told(at.reached)}"
             )
 
-        def without(blocks: Sequence[Block]) -> TorchModel:
-            return replace(model, module=remove(model.module, inputs, _channels(blocks)))
+        tried: dict[int, tuple[TorchModel, float]] = {}
 
-        chosen = shortest(order, lambda blocks: goal.measure(without(blocks)) >= wanted)
+        def enough(blocks: Sequence[Block]) -> bool:
+            without = replace(model, module=remove(model.module, inputs, _channels(blocks)))
+            tried[len(blocks)] = without, goal.measure(without)
+            return tried[len(blocks)][1] >= wanted
+
+        chosen = shortest(order, enough)
         if chosen is None:
-            most = goal.measure(without(order))
             raise PreconditionError(
                 f"the goal of {goal.told(goal.wanted)} cannot be reached: with all gone that may go it is "
-                f"{goal.told(most)}; lower the goal, `multiple` (now {multiple}), or raise `max_ratio` (now "
-                f"{self.max_ratio:g}){_kept(kept)}"
+                f"{goal.told(tried[len(order)][1])}; lower the goal, `multiple` (now {multiple}), or raise `max_ratio` "
+                f"(now {self.max_ratio:g}){_kept(kept)}"
             )
-        pruned = without(chosen)
+        pruned, reached = tried[len(chosen)]
         recalibrate(pruned.module, batches)
         log.info("pruned %d channels of %d layers", sum(len(b.channels) for b in chosen), len({b.root for b in chosen}))
-        return pruned, kept
+        return _Point(pruned, reached, kept)
 
     def _recovered(self, model: TorchModel, step: int, context: Context) -> TorchModel:
         if self.recover is None:
@@ -204,19 +204,20 @@ class PruneChannels(TorchPass):
             costs[group.root] = max(1.0, (writing + reading) / group.width)
         return costs
 
-    def _record(self, model: TorchModel, pruned: TorchModel, goal: Goal, reached: float) -> dict[str, Any]:
+    def _record(self, model: TorchModel, pruned: TorchModel, goal: Goal, at: _Point) -> dict[str, Any]:
         inputs = examples(model.signature, batch=1)
         before, after = size_of(model.module, inputs), size_of(pruned.module, inputs)
         widths = _widths(model.module)
         return {
             "goal": goal.told(goal.wanted),
-            "reached": goal.told(reached),
+            "reached": goal.told(at.reached),
             "importance": self.importance,
             "macs": [before.macs, after.macs],
             "parameters": [before.parameters, after.parameters],
             "widths": {
                 name: [widths[name], width] for name, width in _widths(pruned.module).items() if width != widths[name]
             },
+            "kept": dict(at.kept),
         }
 
     def ensures(self, before: TorchModel, after: TorchModel, context: Context) -> None:
@@ -251,6 +252,15 @@ class Goal:
     def told(self, value: float) -> str:
         """A value for a reader."""
         return f"{100 * value:.1f} % {self.unit}" if self.start == 0 else f"{value:.2f} {self.unit}"
+
+
+@dataclass(frozen=True)
+class _Point:
+    """How far pruning has come: the model, the goal's value, and why which layers kept their width."""
+
+    model: TorchModel
+    reached: float
+    kept: Mapping[str, str]
 
 
 class Stopwatch:
@@ -312,7 +322,7 @@ def _channels(blocks: Sequence[Block]) -> dict[str, list[int]]:
     return channels
 
 
-def _nothing_to_prune(groups: Sequence[Group], kept: dict[str, str], multiple: int) -> str:
+def _nothing_to_prune(groups: Sequence[Group], kept: Mapping[str, str], multiple: int) -> str:
     if not groups:
         return f"there is nothing to prune{_kept(kept) or ': the model has no convolution or linear layer'}"
     narrow = ", ".join(f"{group.root} has {group.width} channels" for group in groups[:5])
@@ -322,7 +332,7 @@ def _nothing_to_prune(groups: Sequence[Group], kept: dict[str, str], multiple: i
     )
 
 
-def _kept(kept: dict[str, str]) -> str:
+def _kept(kept: Mapping[str, str]) -> str:
     """Why layers keep their width, for a message."""
     reasons = [f"{name}: {why}" for name, why in kept.items()]
     more = f" and {len(reasons) - 5} more" if len(reasons) > 5 else ""

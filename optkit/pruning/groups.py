@@ -112,6 +112,9 @@ def prunable_groups(
     for name in names:
         if layer_of(module, name) not in graph.module2node:
             refused[name] = "the output does not depend on it"
+    # In the order of forward: Torch-Pruning begins at the output
+    places = {name: place for place, name in enumerate(calls)}
+    allowed.sort(key=lambda group: min(places[name] for name in group.layers))
     return _proven(module, examples, allowed, refused, multiple), refused
 
 

@@ -28,10 +28,17 @@ class Size:
 def size_of(module: torch.nn.Module, examples: tuple[torch.Tensor, ...]) -> Size:
     """Count in one forward with ``examples``, one tensor for each input."""
     import torch
+    from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.utils.flop_counter import FlopCounterMode
 
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        module(*examples)
+    fast = torch.backends.mha.get_fastpath_enabled()
+    # Fused kernels of attention are not counted
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+            module(*examples)
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
     root = type(module).__name__
     # The counter calls modules `Net.body.0`, and counts a multiplication and an addition as two
     by_layer = {

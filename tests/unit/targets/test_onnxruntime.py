@@ -234,3 +234,12 @@ def test_knows_nothing_of_a_processor_that_is_not_told(tmp_path):
     assert cpu.features == ()
     assert not cpu.saturates_int8
     assert Cpu("arm", ("asimd",)).isa == "asimd"
+
+
+def test_a_normalization_after_an_addition_stays_two_kernels_that_are_faster_than_one(onnx_model, tmp_path, context):
+    model = onnx_model(
+        "g (float[n,4,8] x, float[n,4,8] skip, float[8] scale, float[8] bias) => (float[n,4,8] y)"
+        " { sum = Add(x, skip) y = LayerNormalization(sum, scale, bias) }"
+    )
+    engine = OnnxRuntimeTarget().build(model, tmp_path, context)
+    assert engine.records["nodes"] == {"Add": 1, "LayerNormalization": 1}

@@ -698,8 +698,8 @@ def rank_layers(
 ) -> Answer:
     """Rank the INT8 layers by the error that each adds.
 
-    Each is left in float in turn while everything else stays in INT8: the gain is what that brings on a few held-out
-    calibration samples. Names are those that `exclude` of quantize_int8 takes.
+    Each is alone in INT8 in turn: its SQNR is that of the outputs on a few held-out calibration samples, its noise the
+    share of what all layers add so. Names are those that `exclude` of quantize_int8 takes.
     """
     from optkit.compiler import sensitivity
     from optkit.recipe import Recipe
@@ -708,10 +708,10 @@ def rank_layers(
     with terminal.progress() as progress:
         ranking = sensitivity(checkpoint, resolved, samples=samples, progress=progress)
     total = sum(node.macs or 0 for node in ranking.nodes)
-    lines = [f"{'gain dB':>8}  {'SQNR dB':>8}  {'MACs':>6}  {'op':13}  layer"]
+    lines = [f"{'SQNR dB':>8}  {'noise':>6}  {'MACs':>6}  {'op':13}  layer"]
     for node in ranking.nodes:
         share = f"{100 * node.macs / total:5.1f}%" if node.macs and total else "?"
-        lines.append(f"{node.gain_db:+8.2f}  {node.sqnr_db_without:8.2f}  {share:>6}  {node.op:13}  {node.name}")
+        lines.append(f"{node.sqnr_db:8.2f}  {100 * node.noise:5.1f}%  {share:>6}  {node.op:13}  {node.name}")
     lines.append(f"all in INT8: {ranking.sqnr_db:.2f} dB on {ranking.samples} samples, for {resolved.target.name}")
     return Answer({"target": resolved.target.name, **dataclasses.asdict(ranking)}, "\n".join(lines))
 

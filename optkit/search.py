@@ -1,11 +1,11 @@
 """Gives back to float as few INT8 layers as the accuracy gate asks for, by measured accuracy.
 
-The layers are ranked once, by what leaving each alone in float brings on held-out calibration samples
-(``quantize.sensitivity``); a choice is the first k of that order. k is doubled until the gate's accuracy passes, and
-then the interval is halved, so n layers take about 2 log2 n attempts. An attempt is the rest of the pipeline and the
-whole validation: its accuracy and latency are those that the report of that choice would hold, and all of them
-together are the trade-off that the report shows. The scales are found once; bias correction and rounding depend on
-what is in INT8 and run again. To be monotone in k is not promised, only likely: errors of layers may cancel out.
+The layers are ranked once, by the noise that each adds on held-out calibration samples (``quantize.sensitivity``); a
+choice is the first k of that order. k is doubled until the gate's accuracy passes, and then the interval is halved, so
+n layers take about 2 log2 n attempts. An attempt is the rest of the pipeline and the whole validation: its accuracy and
+latency are those that the report of that choice would hold, and all of them together are the trade-off that the report
+shows. The scales are found once; bias correction and rounding depend on what is in INT8 and run again. That accuracy
+rises with k is likely, not certain.
 """
 
 from __future__ import annotations

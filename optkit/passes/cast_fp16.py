@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
 from pydantic import Field
 
 from optkit.context import Context
-from optkit.models import OnnxModel
-from optkit.passes.float_cast import MASK, FloatCast, probe
+from optkit.models import Feeds, OnnxModel
+from optkit.passes.float_cast import MASK, FloatCast, probing
 from optkit.passes.graph_edit import constant
 
 if TYPE_CHECKING:
@@ -29,13 +30,14 @@ class CastFp16(FloatCast):
 
     FP16 ends at 65504. In float32 stay: ops that overflow or lose digits (``keep_ops``), nodes with a weight
     beyond that, a constant that would become zero or a scale that would lose digits, and, where the recipe has data,
-    nodes whose values come near it on calibration samples. The record ``kept_float32`` says which and why.
+    nodes whose values come near it on calibration samples, or are all so small there that FP16 loses digits. The
+    record ``kept_float32`` says which and why, and so does the report.
     """
 
     to: ClassVar[Literal["float16", "bfloat16"]] = "float16"
 
     use: Literal["cast_fp16"] = "cast_fp16"
-    samples: int = Field(default=8, ge=0)
+    samples: int = Field(default=32, ge=0)
     """Calibration samples whose activations are looked at, one at a time; 0 looks at none."""
     headroom: float = Field(default=2.0, ge=1)
     """A node stays in float32 if its values come within this factor of 65504 on the calibration samples."""
@@ -62,22 +64,29 @@ class CastFp16(FloatCast):
             reached = largest.get(str(value.name), 0.0) if value is not None else 0.0
             if value is not None and reached * self.headroom > LARGEST:
                 return f"{value.name!r} reaches {reached:.3g} on calibration data"
+            if value is not None and 0 < reached < SMALLEST_NORMAL:
+                return f"{value.name!r} stays below {SMALLEST_NORMAL:.3g} on calibration data, where FP16 loses digits"
         return None
 
     def largest_values(self, model: OnnxModel, context: Context) -> Mapping[str, float]:
-        """The largest magnitudes on calibration samples, masks aside."""
+        """The largest magnitude of every value on calibration samples, the model's inputs included, masks aside."""
         if context.data is None or self.samples == 0:
             return {}
         front = model.signature.inputs[0].shape[0] if model.signature.inputs[0].shape else 1
         size = front if isinstance(front, int) else 1
         largest: dict[str, float] = defaultdict(float)
-        for batch in context.data.batches("calibration", size, self.samples):
-            if isinstance(front, int) and len(batch) != front:
-                continue
-            for name, array in probe(model, batch.feeds, context):
-                values = array[array > MASK]
-                largest[name] = max(largest[name], float(np.max(np.abs(values), initial=0.0)))
+        with probing(model, context) as probe:
+            for batch in context.data.batches("calibration", size, max(self.samples, size)):
+                if isinstance(front, int) and len(batch) != front:
+                    continue
+                for name, array in itertools.chain(_floats(batch.feeds), probe(batch.feeds)):
+                    values = array[array > MASK]
+                    largest[name] = max(largest[name], float(np.max(np.abs(values), initial=0.0)))
         return largest
+
+
+def _floats(feeds: Feeds) -> Iterator[tuple[str, np.ndarray[Any, Any]]]:
+    return ((name, array) for name, array in feeds.items() if array.dtype.kind == "f")
 
 
 def _why_not_constant(node: ir.Node, index: int, array: np.ndarray[Any, Any]) -> str | None:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeAlias
 
 import numpy as np
 from pydantic import Field
@@ -27,6 +28,10 @@ log = logging.getLogger("optkit.passes")
 REDUCTIONS = (
     "CumSum",
     "Exp",
+    "GlobalLpPool",
+    "LpNormalization",
+    "LpPool",
+    "MeanVarianceNormalization",
     "Pow",
     "ReduceL1",
     "ReduceL2",
@@ -37,8 +42,9 @@ REDUCTIONS = (
     "ReduceSum",
     "ReduceSumSquare",
 )
-"""Ops that overflow or lose digits. LayerNormalization and Softmax are not among them: both accumulate in
-float32 whatever their type, and attention kernels want the products around Softmax in one type."""
+"""Ops that overflow or lose digits. Softmax and the normalizations that runtimes have kernels for (Layer, Group, RMS,
+Instance, Batch) are not among them: they accumulate in float32 whatever their type, and attention kernels want the
+products around Softmax in one type."""
 
 MASK = -1e9
 """A constant below this stands for minus infinity in an attention mask: any large negative number does as well."""
@@ -166,18 +172,23 @@ class FloatCast(OnnxPass):
 
 def first_not_finite(model: OnnxModel, feeds: Feeds, context: Context) -> str:
     """The first node in topological order whose result is not finite."""
-    for name, array in probe(model, feeds, context):
-        if not np.isfinite(array.astype(np.float32)).all():
-            return f"the node that gives {name!r}"
+    with probing(model, context) as probe:
+        for name, array in probe(feeds):
+            if not np.isfinite(array.astype(np.float32)).all():
+                return f"the node that gives {name!r}"
     return "an output"
 
 
-def probe(model: OnnxModel, feeds: Feeds, context: Context) -> Iterator[tuple[str, np.ndarray[Any, Any]]]:
-    """Every floating point value inside the graph, by name and in topological order."""
+Values: TypeAlias = Iterator[tuple[str, np.ndarray[Any, Any]]]
+
+
+@contextlib.contextmanager
+def probing(model: OnnxModel, context: Context) -> Iterator[Callable[[Feeds], Values]]:
+    """A function from feeds to every floating point value inside the graph, by name and in topological order."""
     probed = model.clone()
     outputs = probed.ir.graph.outputs
     names = [
-        value.name
+        str(value.name)
         for node in probed.ir.graph
         for value in node.outputs
         if value.name and value.dtype is not None and value.dtype.is_floating_point() and value.uses()
@@ -189,8 +200,12 @@ def probe(model: OnnxModel, feeds: Feeds, context: Context) -> Iterator[tuple[st
         if value.name in names and not value.is_graph_output()
     )
     with open_onnx(probed, context.threads, optimize=False) as runner:
-        found = runner.run(feeds)
-    yield from ((name, found[name]) for name in names if name is not None)
+
+        def probe(feeds: Feeds) -> Values:
+            found = runner.run(feeds)
+            return ((name, found[name]) for name in names)
+
+        yield probe
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,9 @@ WIDTH = 100
 _REGIONS = 12
 """How many regions in INT8 are shown."""
 
+_REASONS, _NAMES = 8, 6
+"""For how many reasons nodes kept in float32 are named, and how many for each."""
+
 _LONGEST = 40
 """Characters of a name in a table."""
 
@@ -19,7 +22,7 @@ Document = Mapping[str, Any]
 
 def render(document: Document) -> str:
     """The summary of a report: verdict, accuracy, stages, latency, warnings; of parts that are missing, nothing."""
-    parts = (_verdict, _accuracy, _search, _stages, _latency, _int8, _passes, _warnings)
+    parts = (_verdict, _accuracy, _search, _stages, _kept, _latency, _int8, _passes, _warnings)
     blocks = ["\n".join(fitted(line) for line in part(document)) for part in parts]
     return "\n\n".join(block for block in blocks if block) + "\n"
 
@@ -92,6 +95,21 @@ def _stages(document: Document) -> Iterator[str]:
         within = {True: "yes", False: "NO", None: "-"}[stage["within"]]
         rows.append([stage["name"], stage["precision"], *error, wanted, within])
     yield from table(["stage", "precision", "SQNR dB", "cosine", "max error", "tolerance", "within"], rows)
+
+
+def _kept(document: Document) -> Iterator[str]:
+    kept = document.get("kept_float32")
+    if not kept:
+        return
+    yield f"Kept in float32: {len(kept)} nodes"
+    nodes: dict[str, list[str]] = {}
+    for name, reason in kept.items():
+        nodes.setdefault(reason, []).append(name)
+    for reason, names in list(nodes.items())[:_REASONS]:
+        more = f" and {len(names) - _NAMES} more" if len(names) > _NAMES else ""
+        yield from wrapped(f"{', '.join(names[:_NAMES])}{more}: {reason}")
+    if len(nodes) > _REASONS:
+        yield f"  and for {len(nodes) - _REASONS} more reasons, in report.json"
 
 
 def _latency(document: Document) -> Iterator[str]:

@@ -39,6 +39,9 @@ PYTORCH, ONNX, OPTIMIZED = "PyTorch", "FP32 ONNX", "optimized FP32 ONNX"
 ENGINE, STAND_IN = "engine", "ONNX (not the engine)"
 """How reports name the entrants of a recipe's validation."""
 
+KEPT = "kept_float32"
+"""The record of a cast to FP16 or BF16: which nodes stay in float32, and why."""
+
 
 @dataclass(frozen=True)
 class Report:
@@ -82,6 +85,9 @@ def validate(stages: Sequence[Stage], recipe: Recipe, context: Context, twin: Tw
         errors = compare_stages(stages, few, context, engine, contest.why_not)
         report = compare_entrants(contest, context, settings, recipe.gate, recipe.name, errors)
     report.document["warnings"] = warnings
+    kept = next((dict(s.model.records[KEPT]) for s in reversed(stages) if KEPT in s.model.records), None)
+    if kept is not None:
+        report.document[KEPT] = kept
     return report
 
 

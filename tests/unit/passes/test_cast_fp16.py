@@ -18,10 +18,14 @@ F16, F32 = ir.DataType.FLOAT16, ir.DataType.FLOAT
 
 
 class Samples:
-    """Calibration data of one input whose values reach 100."""
+    """Calibration data of one input: constant samples, of 100 if not said otherwise."""
+
+    def __init__(self, *values: float) -> None:
+        self.values = values or (100.0,)
 
     def batches(self, split: str, size: int, limit: int | None = None) -> Iterator[Batch]:
-        yield Batch({"x": np.full((size, 2), 100.0, np.float32)}, None)
+        for value in self.values[:limit]:
+            yield Batch({"x": np.full((size, 2), value, np.float32)}, None)
 
 
 def kept(model: OnnxModel) -> dict[str, str]:
@@ -72,6 +76,14 @@ def test_a_small_epsilon_and_the_sums_around_it_stay(rewrites: Any) -> None:
     }
 
 
+def test_normalizations_without_kernels_of_their_own_stay(onnx_model: Any, context: Context) -> None:
+    model = onnx_model(
+        """g (float[n,4] x) => (float[n,4] y) <float[4] s = {1, 1, 1, 1}> {
+            a = LpNormalization<axis = -1>(x) y = LayerNormalization(a, s) }"""
+    )
+    assert kept(CastFp16().run(model, context)) == {"a": "LpNormalization would overflow or lose digits"}
+
+
 def test_a_weight_beyond_the_range_stays_and_is_named(onnx_model: Any, context: Context) -> None:
     model = onnx_model(
         """g (float[n,2] x) => (float[n,2] y) <float[2,2] w = {100000, 2, 3, 4}, float scale = {0.00001}> {
@@ -109,6 +121,34 @@ def test_what_overflows_on_calibration_data_stays(onnx_model: Any, context: Cont
     }
     assert kept(CastFp16(headroom=1).run(model, with_data)) == {}
     assert kept(CastFp16(samples=0).run(model, with_data)) == {}
+    assert kept(CastFp16().run(model, context)) == {}
+
+
+def test_every_sample_is_looked_at(onnx_model: Any, context: Context) -> None:
+    with_data = replace(context, data=Samples(*[1.0] * 20, 100.0))  # type: ignore[arg-type]
+    assert set(kept(CastFp16().run(onnx_model(GROWING), with_data))) == {"b", "c", "y"}
+    assert kept(CastFp16(samples=20).run(onnx_model(GROWING), with_data)) == {}
+
+
+def test_an_input_beyond_the_range_is_not_cast(onnx_model: Any, context: Context) -> None:
+    model = onnx_model("g (float[n,2] x) => (float[n,2] y) <float k = {0.00002}> { a = Mul(x, k) y = Relu(a) }")
+    with_data = replace(context, data=Samples(90_000.0))  # type: ignore[arg-type]
+    after = CastFp16().run(model, with_data)
+    assert kept(after) == {"a": "'x' reaches 9e+04 on calibration data"}
+    with open_onnx(after) as runner:
+        np.testing.assert_allclose(runner.run({"x": np.full((1, 2), 9e4, np.float32)})["y"], 1.8, rtol=1e-3)
+
+
+def test_what_is_too_small_for_fp16_on_calibration_data_stays(onnx_model: Any, context: Context) -> None:
+    """Numbers below 2**-14 have fewer digits in FP16, and those below 2**-24 none. Zeros have all they need."""
+    model = onnx_model(
+        """g (float[n,2] x) => (float[n,2] y, float[n,2] z) <float k = {0.001}, float big = {1000}> {
+            a = Mul(x, k) b = Mul(a, k) c = Mul(b, big) y = Mul(c, big) m = Neg(x) r = Relu(m) z = Mul(r, big) }"""
+    )
+    with_data = replace(context, data=Samples(1.0))  # type: ignore[arg-type]
+    after = CastFp16().run(model, with_data)
+    reason = "'b' stays below 6.1e-05 on calibration data, where FP16 loses digits"
+    assert kept(after) == {"b": reason, "c": reason, "y": "its inputs are float32"}
     assert kept(CastFp16().run(model, context)) == {}
 
 

@@ -154,6 +154,20 @@ def test_a_lower_precision_is_timed_against_the_optimized_float_model(exported, 
     assert [stage["precision"] for stage in report.document["stages"]] == ["float32", "float16"]
 
 
+def test_what_a_cast_kept_in_float32_is_in_the_report(exported, labelled):
+    reasons = {f"sum_{i}": "ReduceSum would overflow or lose digits" for i in range(9)}
+    reasons["wide"] = "'w' holds 1e+05, FP16 ends at 65504"
+    cast = exported[1].with_record("kept_float32", reasons)
+    stages = [Stage("checkpoint", exported[1], 0), Stage("cast_fp16", cast, 1)]
+    document = validate(stages, _recipe(), labelled).document
+    assert document["kept_float32"] == reasons
+    text = " ".join(render(document).split())
+    assert "Kept in float32: 10 nodes" in text
+    assert "sum_0, sum_1, sum_2, sum_3, sum_4, sum_5 and 3 more: ReduceSum would overflow" in text
+    assert "wide: 'w' holds 1e+05, FP16 ends at 65504" in text
+    assert "kept_float32" not in validate(stages[:1], _recipe(), labelled).document
+
+
 def _cast_through_half(model: OnnxModel, node: Any) -> None:
     import onnx_ir as ir
 

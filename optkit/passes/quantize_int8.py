@@ -190,10 +190,13 @@ class QuantizeInt8(OnnxPass):
         model, policy, first = calibrated.model, calibrated.policy, calibrated.first
         best = calibrated.quantization, write(model, calibrated.quantization)
         steps: dict[str, Callable[[Quantization], Quantization]] = {}
-        if self.round == "gptq":
-            steps["round"] = lambda q: round_weights(model, q, first, context.seed, context.threads)
         if self.correct_bias:
             steps["correct_bias"] = lambda q: correct_biases(model, q, policy, first, context.threads)
+        if self.round == "gptq":
+            # Biases that make up for the nearest weights are wrong for others: they are corrected on the way
+            steps["round"] = lambda q: round_weights(
+                model, q, policy, first, self.correct_bias, context.seed, context.threads
+            )
         if not steps or not calibrated.held_out:
             return best[1], ()
         judge = Judge(model, calibrated.held_out, policy, context.threads)

@@ -38,8 +38,7 @@ def correct_biases(
 ) -> Quantization:
     """The same quantization with the bias of every weighted layer corrected.
 
-    Every node of the float and of the quantized graph runs once over the samples: a correction adds a constant to a
-    channel, so it is added to the tensor that is there already.
+    Every node of the float and of the quantized graph runs once over the samples.
 
     Args:
         model: the float model.
@@ -48,18 +47,45 @@ def correct_biases(
         batches: 16 to 32 samples that the result is not judged by.
         threads: intra-op threads.
     """
-    sums = [found for use in quantization.weights if (found := _sum(model, use.node)) is not None]
-    layers = {layer.output: layer for layer in sums}
-    as_float = walk(model, list(layers), batches, threads)
-    as_int8 = walk(write(model, quantization), list(layers), batches, threads)
-    biases = dict(quantization.biases)
+    biases = BiasCorrection(model, quantization)
+    as_float = walk(model, biases.stops, batches, threads)
+    as_int8 = walk(write(model, quantization), biases.stops, batches, threads)
     for (name, exact), (_, measured) in zip(as_float, as_int8, strict=True):
-        layer = layers[name]
+        biases.correct(name, exact, measured)
+    return biases.added_to(quantization, policy)
+
+
+class BiasCorrection:
+    """The corrected biases of a quantization, gathered during a walk.
+
+    Attributes:
+        stops: the tensors with a bias in them, where a walk must stop.
+    """
+
+    def __init__(self, model: OnnxModel, quantization: Quantization) -> None:
+        sums = [found for use in quantization.weights if (found := _sum(model, use.node)) is not None]
+        self._layers = {layer.output: layer for layer in sums}
+        self._biases = dict(quantization.biases)
+        self.stops = list(self._layers)
+
+    def correct(self, name: str, exact: Sequence[Array], measured: Sequence[Array]) -> None:
+        """Take the mean error of a tensor into its bias, and out of what was measured: it is what follows reads.
+
+        Args:
+            name: one of the stops.
+            exact: the tensor in the float network, one array per batch.
+            measured: in the quantized one; edited.
+        """
+        layer = self._layers[name]
         shift = _mean(exact, layer.axis) - _mean(measured, layer.axis)
-        biases[layer.node] = (biases.get(layer.node, layer.bias) + shift).astype(np.float32)
+        self._biases[layer.node] = (self._biases.get(layer.node, layer.bias) + shift).astype(np.float32)
         for array in measured:
             array += shift.astype(np.float32).reshape([-1] + [1] * (array.ndim - 1 - layer.axis))
-    return replace(quantization, placement=_with_biases(quantization, layers.values(), policy), biases=biases)
+
+    def added_to(self, quantization: Quantization, policy: Int8Policy) -> Quantization:
+        """The quantization with these biases."""
+        placement = _with_biases(quantization, self._layers.values(), policy)
+        return replace(quantization, placement=placement, biases=self._biases)
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,8 @@ and its error e is spread over the weights k+1... so that what the layer compute
     U = chol(inv(H))',    W[:, k+1:] -= e / U[k, k] * U[k, k+1:]
 
 After Frantar et al., "GPTQ", 2022 (optimal brain quantization with a fixed order). Layers are taken in the order of the
-graph, and X is what the quantized network with the earlier layers' new weights gives.
+graph, and X is what the quantized network with the earlier layers' new weights gives. Where biases are corrected as
+well, a layer's is right before the next layer is rounded: X holds no shift that would be gone later.
 """
 
 from __future__ import annotations
@@ -18,12 +19,16 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from optkit.models import OnnxModel
+from optkit.quantize.bias_correction import BiasCorrection
 from optkit.quantize.initializers import operand
 from optkit.quantize.placement.draft import Use
-from optkit.quantize.placement.graph import attribute
+from optkit.quantize.placement.graph import weight_axis
 from optkit.quantize.qdq import Quantization, write
+from optkit.quantize.rows import as_table, from_table, rows_read
+from optkit.quantize.saturation import MOST, neighbours
 from optkit.quantize.scales import QuantizedWeight
 from optkit.quantize.walk import walk
+from optkit.targets.base import Int8Policy
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -32,41 +37,70 @@ if TYPE_CHECKING:
 
 Array = np.ndarray[Any, Any]
 
-_ROWS = 4096
-"""Most rows of X; a layer has far fewer inputs per output."""
+_ROWS_PER_INPUT = 8
+_LEAST_ROWS, _MOST_ROWS = 512, 4096
 
 _DAMPING = 0.01
 """Share of the mean of H's diagonal that is added to it: inputs that were never seen move no weight."""
 
+_BLOCK = 64
+"""Weights whose errors are spread over the rest together."""
+
 
 def round_weights(
-    model: OnnxModel, quantization: Quantization, batches: Sequence[Batch], seed: int = 0, threads: int = 1
+    model: OnnxModel,
+    quantization: Quantization,
+    policy: Int8Policy,
+    batches: Sequence[Batch],
+    correct_bias: bool = False,
+    seed: int = 0,
+    threads: int = 1,
 ) -> Quantization:
     """The same quantization with the same scales and weights that are rounded layer by layer.
 
     Args:
         model: the float model.
         quantization: of that model.
+        policy: what the target wants.
         batches: samples that the result is not judged by.
+        correct_bias: also take each channel's mean error out of its bias, before the next layer is rounded.
         seed: which rows of X are used, where there are more than enough.
         threads: intra-op threads.
     """
     written = write(model, quantization)
     exact = {node.name: node for node in model.ir.graph}
-    readers: dict[str, list[ir.Node]] = {}
-    for node in written.ir.graph:
-        if Use(node.name or "", 1) in quantization.weights and node.inputs[0] is not None:
-            readers.setdefault(str(node.inputs[0].name), []).append(node)
+    readers = _readers(written, quantization)
+    biases = BiasCorrection(model, quantization if correct_bias else replace(quantization, weights={}))
     weights = dict(quantization.weights)
     rng = np.random.default_rng(seed)
-    for name, arrays in walk(written, list(readers), batches, threads):
-        for node in readers[name]:
-            use = Use(str(node.name), 1)
-            rows = _rows(node, weights[use].values.shape, arrays, rng)
+    as_float = walk(model, biases.stops, batches, threads)
+    for name, arrays in walk(written, [*readers, *biases.stops], batches, threads):
+        if name in biases.stops:
+            biases.correct(name, next(as_float)[1], arrays)
+        for node in readers.get(name, ()):
+            weight = weights[Use(str(node.name), 1)]
+            rows = rows_read(node, weight.values.shape, arrays, _enough(node, weight), rng)
             if rows is not None:
-                weights[use] = _rounded(exact[node.name], weights[use], rows)
-                _store(node, weights[use])
-    return replace(quantization, weights=weights)
+                weights[Use(str(node.name), 1)] = rounded = _rounded(exact[node.name], weight, rows, policy)
+                _store(node, rounded)
+    return biases.added_to(replace(quantization, weights=weights), policy)
+
+
+def _readers(written: OnnxModel, quantization: Quantization) -> dict[str, list[ir.Node]]:
+    """The layers with a weight behind a DequantizeLinear, by the tensor that they read."""
+    readers: dict[str, list[ir.Node]] = {}
+    for node in written.ir.graph:
+        use = Use(str(node.name), 1)
+        if use in quantization.weights and use.node not in quantization.placement.dynamic:
+            source = node.inputs[0]
+            assert source is not None  # a layer reads something
+            readers.setdefault(str(source.name), []).append(node)
+    return readers
+
+
+def _enough(node: ir.Node, weight: QuantizedWeight) -> int:
+    inputs = weight.values.size // weight.values.shape[weight_axis(node)]
+    return max(_LEAST_ROWS, min(_ROWS_PER_INPUT * inputs, _MOST_ROWS))
 
 
 def _store(node: ir.Node, weight: QuantizedWeight) -> None:
@@ -77,67 +111,39 @@ def _store(node: ir.Node, weight: QuantizedWeight) -> None:
     stored.const_value = ir.tensor(weight.values, name=stored.name)
 
 
-def _rows(node: ir.Node, shape: tuple[int, ...], arrays: Sequence[Array], rng: np.random.Generator) -> Array | None:
-    """float32[rows, groups, inputs of a group]: what the products of a layer read; None where that is not known."""
-    if node.op_type in ("MatMul", "Gemm"):
-        table = np.concatenate([array.reshape(-1, array.shape[-1]) for array in arrays])
-        return table[_some(len(table), rng)][:, None, :]
-    padding = node.attributes.get("auto_pad")
-    if node.op_type != "Conv" or len(shape) != 4 or (padding is not None and padding.as_string() != "NOTSET"):
-        return None
-    groups = attribute(node, "group", 1)
-    per_batch = -(-_ROWS // len(arrays))
-    parts = [_patches(node, shape, array, per_batch, rng) for array in arrays]
-    patches = np.concatenate(parts)
-    return patches.reshape(len(patches), groups, -1)
-
-
-def _some(count: int, rng: np.random.Generator, most: int = _ROWS) -> Array:
-    return np.arange(count) if count <= most else rng.choice(count, most, replace=False)
-
-
-def _patches(node: ir.Node, shape: tuple[int, ...], array: Array, most: int, rng: np.random.Generator) -> Array:
-    """Some of the patches that a convolution reads, float32[patches, channels, height, width]."""
-    top, left, bottom, right = _ints(node, "pads", (0, 0, 0, 0))
-    (down, across), (tall, wide) = _ints(node, "strides", (1, 1)), _ints(node, "dilations", (1, 1))
-    padded = np.pad(array, ((0, 0), (0, 0), (top, bottom), (left, right)))
-    window = ((shape[2] - 1) * tall + 1, (shape[3] - 1) * wide + 1)
-    views = np.lib.stride_tricks.sliding_window_view(padded, window, axis=(2, 3))
-    views = views[:, :, ::down, ::across, ::tall, ::wide]
-    places = _some(views.shape[0] * views.shape[2] * views.shape[3], rng, most)
-    sample, row, column = np.unravel_index(places, (views.shape[0], *views.shape[2:4]))
-    patches: Array = views[sample, :, row, column]
-    return patches
-
-
-def _ints(node: ir.Node, name: str, default: tuple[int, ...]) -> tuple[int, ...]:
-    found = node.attributes.get(name)
-    return default if found is None else tuple(found.as_ints())
-
-
-def _rounded(node: ir.Node, stored: QuantizedWeight, rows: Array) -> QuantizedWeight:
-    weight = np.moveaxis(operand(node, 1), stored.axis, 0)
-    groups, width = rows.shape[1:]
-    table = weight.reshape(groups, -1, width).astype(np.float64)
-    scales = stored.scale.reshape(groups, -1)
-    values = np.stack([_in_turn(table[g], _hessian(rows[:, g]), scales[g].astype(np.float64)) for g in range(groups)])
-    shaped = np.moveaxis(values.reshape(weight.shape), 0, stored.axis).astype(np.int8)
-    return replace(stored, values=np.ascontiguousarray(shaped))
+def _rounded(node: ir.Node, stored: QuantizedWeight, rows: Array, policy: Int8Policy) -> QuantizedWeight:
+    weight = operand(node, 1)
+    table = as_table(node, weight).astype(np.float64)
+    scale = stored.scale.astype(np.float64).reshape(table.shape[:2])
+    pairs = policy.sums_in_16_bits and len(neighbours(node, weight.shape)) > 0
+    values = from_table(node, _in_turn(table, _hessian(rows), scale, pairs), weight.shape)
+    return replace(stored, values=values.astype(np.int8))
 
 
 def _hessian(rows: Array) -> Array:
-    table = rows.astype(np.float64)
-    hessian: Array = table.T @ table
-    diagonal = np.diag(hessian)
-    hessian[np.diag_indices_from(hessian)] += _DAMPING * diagonal.mean() + np.where(diagonal == 0, 1e-6, 0)
+    """float64[groups, inputs, inputs]."""
+    hessian: Array = (rows.transpose(0, 2, 1) @ rows).astype(np.float64)
+    diagonal = np.einsum("gkk->gk", hessian)  # a view
+    diagonal += _DAMPING * diagonal.mean(axis=1, keepdims=True) + np.where(diagonal == 0, 1e-6, 0)
     return hessian
 
 
-def _in_turn(weight: Array, hessian: Array, scale: Array) -> Array:
-    upper = np.linalg.cholesky(np.linalg.inv(hessian)).T
-    values = np.empty_like(weight)
-    for k in range(weight.shape[1]):
-        values[:, k] = np.clip(np.rint(weight[:, k] / scale), -127, 127)
-        error = (weight[:, k] - values[:, k] * scale) / upper[k, k]
-        weight[:, k + 1 :] -= error[:, None] * upper[k, k + 1 :]
+def _in_turn(weight: Array, hessian: Array, scale: Array, pairs: bool) -> Array:
+    """The integers for a table [groups, outputs, inputs] with scales [groups, outputs]; the table is used up.
+
+    With ``pairs`` the second of two neighbours stays where their sum does not saturate.
+    """
+    upper = np.linalg.cholesky(np.linalg.inv(hessian)).transpose(0, 2, 1)
+    values, inputs = np.empty_like(weight), weight.shape[2]
+    for start in range(0, inputs, _BLOCK):
+        stop = min(start + _BLOCK, inputs)
+        errors = np.empty_like(weight[:, :, start:stop])
+        for k in range(start, stop):
+            before = values[:, :, k - 1] if pairs and k % 2 else np.zeros_like(scale)
+            lowest, highest = np.maximum(-127, -MOST - before), np.minimum(127, MOST - before)
+            values[:, :, k] = np.clip(np.rint(weight[:, :, k] / scale), lowest, highest)
+            error = (weight[:, :, k] - values[:, :, k] * scale) / upper[:, k, k, None]
+            weight[:, :, k + 1 : stop] -= error[:, :, None] * upper[:, None, k, k + 1 : stop]
+            errors[:, :, k - start] = error
+        weight[:, :, stop:] -= errors @ upper[:, start:stop, stop:]
     return values

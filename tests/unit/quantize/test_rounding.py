@@ -11,6 +11,7 @@ from optkit.quantize.observers import observe
 from optkit.quantize.placement import name_nodes, place
 from optkit.quantize.qdq import Quantization, quantize_weights, write
 from optkit.quantize.rounding import round_weights
+from optkit.quantize.saturation import MOST, neighbours
 from optkit.targets.base import TENSORRT
 
 POLICY = replace(TENSORRT, rules=("weighted_inputs",))
@@ -33,11 +34,11 @@ def layer(net, name):
     return net(text, w=rng.standard_normal(weight).astype("f"))
 
 
-def quantization_of(model, batches):
+def quantization_of(model, batches, policy=POLICY):
     name_nodes(model)
-    placement = place(model, POLICY)
-    activations = scales(placement, observe(model, placement.observed, batches), POLICY, "max")
-    return Quantization(placement, activations, quantize_weights(model, placement, POLICY, activations))
+    placement = place(model, policy)
+    activations = scales(placement, observe(model, placement.observed, batches), policy, "max")
+    return Quantization(placement, activations, quantize_weights(model, placement, policy, activations))
 
 
 def samples(array_data, sample):
@@ -52,7 +53,7 @@ def test_outputs_come_closer_with_the_same_scales(net, array_data, name):
     model = layer(net, name)
     *batches, unseen = samples(array_data, LAYERS[name][2])
     before = quantization_of(model, batches)
-    after = round_weights(model, before, batches)
+    after = round_weights(model, before, POLICY, batches)
 
     def noise(quantization):
         # Of the weights alone: the activations' rounding is the same for both
@@ -74,7 +75,7 @@ def test_inputs_that_are_always_zero_leave_their_weights_at_the_nearest(net, arr
     x[:, 7] = 0
     batches = list(array_data({"x": x}).batches("calibration", 32))
     before = quantization_of(model, batches)
-    (old,), (new,) = before.weights.values(), round_weights(model, before, batches).weights.values()
+    (old,), (new,) = before.weights.values(), round_weights(model, before, POLICY, batches).weights.values()
     np.testing.assert_array_equal(new.values[:, 7], old.values[:, 7])
 
 
@@ -85,4 +86,47 @@ def test_a_convolution_that_pads_by_itself_keeps_its_rounding(net, array_data):
     )
     batches = samples(array_data, (8, 6, 6))
     before = quantization_of(model, batches)
-    assert round_weights(model, before, batches).weights == before.weights
+    assert round_weights(model, before, POLICY, batches).weights == before.weights
+
+
+def test_what_rounding_moves_leaves_no_pair_of_neighbours_that_saturates(net, array_data):
+    """Weights that are all but equal: every pair is as large as the scale allows. Those of small inputs move far."""
+    weight = (1 + 0.01 * np.random.default_rng(0).standard_normal((24, 12))).astype("f")
+    model = net("g (float[b,24] x) => (float[b,12] y) { y = MatMul(x, w) }", w=weight)
+    x = np.concatenate([batch.feeds["x"] for batch in samples(array_data, (24,))]) * np.tile([1, 0.1], 12)
+    batches = list(array_data({"x": x.astype("f")}).batches("calibration", 32))
+    policy = replace(POLICY, sums_in_16_bits=True)
+    before = quantization_of(model, batches, policy)
+    (use,) = before.weights
+    pairs = neighbours(model.ir.graph.node(use.node), weight.shape)
+
+    def largest_sum(sums_in_16_bits):
+        rounds = replace(policy, sums_in_16_bits=sums_in_16_bits)
+        values = round_weights(model, before, rounds, batches).weights[use].values.astype(int)
+        return np.abs(values.reshape(-1)[pairs].sum(axis=1)).max()
+
+    assert largest_sum(True) <= MOST < largest_sum(False)
+
+
+def test_biases_are_corrected_on_the_way(net, array_data):
+    rng = np.random.default_rng(0)
+    model = net(
+        "g (float[b,8,6,6] x) => (float[b,4,4,4] y) { a = Conv<pads = [1,1,1,1]>(x, v, c) r = Relu(a) y = Conv(r, w) }",
+        v=rng.standard_normal((16, 8, 3, 3)).astype("f"),
+        c=rng.standard_normal(16).astype("f"),
+        w=rng.standard_normal((4, 16, 3, 3)).astype("f"),
+    )
+    *batches, _ = samples(array_data, (8, 6, 6))
+    before = quantization_of(model, batches)
+    plain = round_weights(model, before, POLICY, batches)
+    after = round_weights(model, before, POLICY, batches, correct_bias=True)
+    assert plain.biases == {}
+    exact = mean_of(outputs_of(model, batches, 1))
+    wrong, right = (
+        np.abs(exact - mean_of(outputs_of(write(model, q), batches, 1, optimize=False))).max() for q in (plain, after)
+    )
+    assert right < 1e-4 < 0.1 * wrong
+
+
+def mean_of(outputs):
+    return np.concatenate([out["y"] for out in outputs]).mean((0, 2, 3), dtype=np.float64)

@@ -164,7 +164,7 @@ class HookCalls:
         """As of ``Hooks``."""
         import torch
 
-        given = self._call("loss", parts, loss)
+        given: torch.Tensor = self._call("loss", parts, loss)
         if given is loss:
             return loss
         if not isinstance(given, torch.Tensor) or given.numel() != 1 or not given.requires_grad:

@@ -198,7 +198,7 @@ class _Run:
         if not self.ended:
             self._steps(store)
             self._end()
-            store.save(self._saved(), done=True)
+            store.save(self._saved, done=True)
         _switch(self.student, training=False)
         student = self.student.cpu().requires_grad_(False)
         for weight in student.parameters():
@@ -218,7 +218,7 @@ class _Run:
             if self.ended:
                 return
             if whole or time.monotonic() - saved >= self.settings.save_every:
-                store.save(self._saved())
+                store.save(self._saved)
                 saved = time.monotonic()
 
     def _batches(self) -> Iterator[Batch]:

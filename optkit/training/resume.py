@@ -7,7 +7,7 @@ import json
 import logging
 import os
 import random
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,7 +55,7 @@ class Store:
             )
         return None
 
-    def save(self, state: Mapping[str, Any], *, done: bool = False) -> None:
+    def save(self, state: Callable[[], Mapping[str, Any]], *, done: bool = False) -> None:
         """Write the state aside, then give it its name: whenever the process dies, a whole state is there."""
         import torch
 
@@ -65,7 +65,7 @@ class Store:
         path = self._path(done)
         aside = path.with_suffix(".part")
         with aside.open("wb") as file:
-            torch.save(dict(state), file)
+            torch.save(dict(state()), file)
             file.flush()
             os.fsync(file.fileno())
         aside.replace(path)

@@ -22,7 +22,7 @@ Document = Mapping[str, Any]
 
 def render(document: Document) -> str:
     """The summary of a report: verdict, accuracy, stages, latency, warnings; of parts that are missing, nothing."""
-    parts = (_verdict, _accuracy, _search, _stages, _kept, _latency, _int8, _passes, _warnings)
+    parts = (_verdict, _accuracy, _pruned, _search, _stages, _kept, _latency, _int8, _passes, _warnings)
     blocks = ["\n".join(fitted(line) for line in part(document)) for part in parts]
     return "\n\n".join(block for block in blocks if block) + "\n"
 
@@ -83,15 +83,32 @@ def _search(document: Document) -> Iterator[str]:
         yield from wrapped(f"In float: {', '.join(search['excluded'])}")
 
 
+def _pruned(document: Document) -> Iterator[str]:
+    pruning, sparsity = document.get("pruning"), document.get("sparsity")
+    if pruning is not None:
+        yield f"Channels: {len(pruning['widths'])} layers got narrower by {pruning['importance']}"
+        for what in ("macs", "parameters"):
+            before, after = pruning[what]
+            name = {"macs": "MACs", "parameters": "parameters"}[what]
+            yield f"  {after / 1e6:.4g} of {before / 1e6:.4g} M {name} are left ({100 * after / before:.1f} %)"
+        yield from wrapped(f"goal {pruning['goal']}, reached {pruning['reached']}")
+    if sparsity is not None:
+        densities = sparsity["parameters"].values()
+        share = 100 * (1 - sum(densities) / len(densities))
+        yield f"Weights: {len(densities)} layers are sparse ({sparsity['pattern']}, {share:.0f} % zeros on average)"
+
+
 def _stages(document: Document) -> Iterator[str]:
     stages = document.get("stages")
     if not stages:
         return
-    yield "Stages, against the checkpoint"
+    last = stages[-1].get("reference", "checkpoint")
+    yield "Stages, against the checkpoint" + (f", those after {last} against what that gave" * (last != "checkpoint"))
     rows = []
     for stage in stages:
         error = _error(stage["error"]) if stage["error"] else ["did not run", "", ""]
-        wanted = f"{stage['tolerance']['sqnr_db']:g} dB, {stage['tolerance']['cosine']:g}"
+        tolerance = stage["tolerance"]
+        wanted = f"{tolerance['sqnr_db']:g} dB, {tolerance['cosine']:g}" if tolerance else "meant to differ"
         within = {True: "yes", False: "NO", None: "-"}[stage["within"]]
         rows.append([stage["name"], stage["precision"], *error, wanted, within])
     yield from table(["stage", "precision", "SQNR dB", "cosine", "max error", "tolerance", "within"], rows)

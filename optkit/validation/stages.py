@@ -51,25 +51,37 @@ class StageError:
     Attributes:
         name: of the pass.
         precision: the lowest in its graph, a key of ``TOLERANCES``.
-        error: against the checkpoint; None if the stage did not run.
+        error: against the reference; None if the stage did not run.
         why_not: why it did not run.
+        reference: the stage that it is compared with.
+        meant: whether it is meant to differ, as a pruned model is.
     """
 
     name: str
     precision: str
     error: Difference | None
     why_not: str | None = None
+    reference: str = "checkpoint"
+    meant: bool = False
+
+    @property
+    def tolerance(self) -> Tolerance | None:
+        """How far it may be from the reference; None if it is meant to differ."""
+        return None if self.meant else TOLERANCES[self.precision]
 
     @property
     def within(self) -> bool | None:
-        """Whether the error is within tolerance; None if it is not known."""
-        return None if self.error is None else TOLERANCES[self.precision].holds(self.error)
+        """Whether the error is within tolerance; None if it is not known, or there is no tolerance."""
+        return None if self.error is None or self.tolerance is None else self.tolerance.holds(self.error)
 
 
 def compare_stages(
     stages: Sequence[Stage], batches: Sequence[Batch], context: Context, engine: Runner | None, why_not: str | None
 ) -> list[StageError]:
     """Compare every stage with the first; one that a pass left as it was is skipped.
+
+    Passes on PyTorch models, which prune and train, are meant to change what the model computes: what follows them is
+    compared with what the last of them gave.
 
     Args:
         stages: the checkpoint first.
@@ -86,19 +98,26 @@ def compare_stages(
         seen += len(batch)
     changed = [(before, after) for before, after in pairwise(stages) if after.model is not before.model]
     errors = []
+    reference, checkpoint = stages[0].name, wanted
     for before, after in context.progress(changed, "stages", len(changed)):
+        if isinstance(after.model, TorchModel):
+            with _opened(after.model, context) as runner:
+                error = _error(runner, batches, checkpoint)
+                reference, wanted = after.name, [runner.run(batch.feeds) for batch in batches]
+            errors.append(StageError(after.name, "float32", error, meant=True))
+            continue
         precision = precision_of(before.model if isinstance(after.model, Engine) else after.model)
         if isinstance(after.model, Engine):
-            error = _error(engine, batches, wanted) if engine else None
-            errors.append(StageError(after.name, precision, error, None if engine else why_not))
+            found = _error(engine, batches, wanted) if engine else None
+            errors.append(StageError(after.name, precision, found, None if engine else why_not, reference))
             continue
         try:
             with _opened(after.model, context) as runner:
-                errors.append(StageError(after.name, precision, _error(runner, batches, wanted)))
+                errors.append(StageError(after.name, precision, _error(runner, batches, wanted), None, reference))
         except OptkitError as failure:
             # A stage in between need not run here (bfloat16 on ONNX Runtime's CPU): the verdict does not hang on it
             log.warning("stage %s could not be compared: %s", after.name, failure)
-            errors.append(StageError(after.name, precision, None, str(failure)))
+            errors.append(StageError(after.name, precision, None, str(failure), reference))
     return errors
 
 

@@ -18,6 +18,7 @@ from optkit.errors import DataError, UnavailableError
 from optkit.journal import collected_warnings
 from optkit.models import Engine, OnnxModel, Signature, TorchModel
 from optkit.numerics import Difference
+from optkit.passes.export_onnx import ExportOnnx
 from optkit.pipeline import Stage
 from optkit.recipe import Gate, Recipe, ValidationSettings
 from optkit.targets.base import Runner
@@ -42,6 +43,9 @@ ENGINE, STAND_IN = "engine", "ONNX (not the engine)"
 KEPT = "kept_float32"
 """The record of a cast to FP16 or BF16: which nodes stay in float32, and why."""
 
+PRUNED = ("pruning", "sparsity")
+"""The records of what went from a PyTorch model, and of what became zero."""
+
 
 @dataclass(frozen=True)
 class Report:
@@ -59,11 +63,11 @@ class Report:
 def validate(stages: Sequence[Stage], recipe: Recipe, context: Context, twin: Twin | NoTwin | None = None) -> Report:
     """Validate what a recipe's passes made.
 
-    The baselines are the PyTorch checkpoint, if there is one, and the ONNX model that was exported or came in. If a
-    pass lowered the precision, what the recipe makes without it is timed too and is what ``gate.min_speedup`` counts
-    from, for what optimizing the float graph gains is no merit of the lower precision: the twin of an INT8 engine, and
-    else the last float32 ONNX model. The candidate is the engine; if it cannot run on this machine, the ONNX model
-    that it was built from stands in for it, and the report says so.
+    The baselines are the PyTorch checkpoint, if there is one, and the ONNX model that came in or that the checkpoint
+    gives when it is exported unpruned. If a pass lowered the precision, what the recipe makes without it is timed too
+    and is what ``gate.min_speedup`` counts from, for what optimizing the float graph gains is no merit of the lower
+    precision: the twin of an INT8 engine, and else the last float32 ONNX model. The candidate is the engine; if it
+    cannot run on this machine, the ONNX model that it was built from stands in for it, and the report says so.
 
     Args:
         stages: the checkpoint first, the engine (or the last ONNX model) last.
@@ -85,9 +89,10 @@ def validate(stages: Sequence[Stage], recipe: Recipe, context: Context, twin: Tw
         errors = compare_stages(stages, few, context, engine, contest.why_not)
         report = compare_entrants(contest, context, settings, recipe.gate, recipe.name, errors)
     report.document["warnings"] = warnings
-    kept = next((dict(s.model.records[KEPT]) for s in reversed(stages) if KEPT in s.model.records), None)
-    if kept is not None:
-        report.document[KEPT] = kept
+    for name in (KEPT, *PRUNED):
+        record = next((dict(s.model.records[name]) for s in reversed(stages) if name in s.model.records), None)
+        if record is not None:
+            report.document[name] = record
     return report
 
 
@@ -158,9 +163,10 @@ def _contest(
     baselines = []
     if isinstance(stages[0].model, TorchModel):
         baselines.append(Entrant(PYTORCH, opened.enter_context(open_torch(stages[0].model, context.threads))))
-    precision = precision_of(onnx_models[0])
+    given = _exported_checkpoint(stages, recipe, context) or onnx_models[0]
+    precision = precision_of(given)
     rival = ONNX if precision == "float32" else f"ONNX as given ({precision})"
-    baselines.append(Entrant(rival, opened.enter_context(open_onnx(onnx_models[0], context.threads))))
+    baselines.append(Entrant(rival, opened.enter_context(open_onnx(given, context.threads))))
     candidate, what, why_not = _candidate(stages[-1].model, onnx_models[-1], recipe, context)
     opened.enter_context(candidate.runner)
     optimized = _last_float(onnx_models)
@@ -172,6 +178,16 @@ def _contest(
         rival = OPTIMIZED
         baselines.append(Entrant(rival, opened.enter_context(open_onnx(optimized, context.threads)), scored=False))
     return Contest(tuple(baselines), candidate, rival, what, why_not)
+
+
+def _exported_checkpoint(stages: Sequence[Stage], recipe: Recipe, context: Context) -> OnnxModel | None:
+    """The checkpoint itself as ONNX, where passes changed it before the export: what pruning gains counts from it."""
+    checkpoint = stages[0].model
+    if not any(isinstance(stage.model, TorchModel) and stage.model is not checkpoint for stage in stages):
+        return None
+    (export,) = (step for step in recipe.passes if isinstance(step, ExportOnnx))
+    assert isinstance(checkpoint, TorchModel)  # what came before a PyTorch model was one
+    return export.run(checkpoint, context)
 
 
 def _last_float(models: Sequence[OnnxModel]) -> OnnxModel | None:
@@ -266,11 +282,12 @@ def _drop_document(drop: Interval) -> dict[str, Any]:
 
 
 def _stage_document(stage: StageError) -> dict[str, Any]:
-    tolerance = TOLERANCES[stage.precision]
+    tolerance = stage.tolerance
     return {
         "name": stage.name,
         "precision": stage.precision,
-        "tolerance": {"sqnr_db": tolerance.sqnr_db, "cosine": tolerance.cosine},
+        "reference": stage.reference,
+        "tolerance": {"sqnr_db": tolerance.sqnr_db, "cosine": tolerance.cosine} if tolerance else None,
         "within": stage.within,
         "why_not": stage.why_not,
         "error": _difference_document(stage.error) if stage.error else None,

@@ -47,9 +47,10 @@ class QuantizeInt8(OnnxPass):
     """Weights become INT8, and so do the activations that the target's policy names."""
 
     use: Literal["quantize_int8"] = "quantize_int8"
-    activations: Literal["static", "dynamic"] = "static"
+    activations: Literal["auto", "static", "dynamic"] = "auto"
     """``static``: calibration finds the ranges of activations, and Q/DQ pairs hold them. ``dynamic``: products and
-    LSTMs find them at each call; convolutions stay in float, and no data is needed."""
+    LSTMs find them at each call; convolutions stay in float, and no data is needed. ``auto``: static, and dynamic for
+    LSTMs, which have no other INT8."""
     calibrate: Calibration = Calibration()
     """How the ranges of activations are found."""
     weights: WeightMethod = "max"
@@ -72,7 +73,8 @@ class QuantizeInt8(OnnxPass):
 
     def requires(self, model: OnnxModel, context: Context) -> None:
         """A target that has INT8, calibration data if that is static, and a float model of opset 13 or later."""
-        self._data(self._policy(context), context)
+        self._policy(context)
+        self._data(context)
         quantized = next((node for node in model.ir.graph.all_nodes() if node.op_type in QUANTIZED_OPS), None)
         if quantized is not None:
             raise PreconditionError(
@@ -95,7 +97,7 @@ class QuantizeInt8(OnnxPass):
             DataError: the calibration split is empty or does not fit the model.
         """
         policy = self._policy(context)
-        data = self._data(policy, context)
+        data = self._data(context)
         named = model.clone()
         name_nodes(named)
         placement = place(named, policy, self.exclude)
@@ -156,6 +158,7 @@ class QuantizeInt8(OnnxPass):
                 "sqnr_by_method": dict(ranking),
                 "int8_macs": int8_share(calibrated.model, placement),
                 "int8": list(placement.int8),
+                "dynamic": sorted(placement.dynamic),
                 "float": dict(placement.kept_float),
                 "algorithms": [asdict(trial) for trial in calibrated.trials + trials],
             },
@@ -230,18 +233,18 @@ class QuantizeInt8(OnnxPass):
             raise PreconditionError(
                 f"the target {context.target.name!r} has no INT8: choose another target, or drop quantize_int8"
             )
-        if self.activations == "static":
-            return policy
-        if not policy.dynamic:
+        if self.activations == "dynamic" and not policy.dynamic:
             raise PreconditionError(
                 f"the target {context.target.name!r} has no kernels that find ranges at each call: "
-                "set `activations: static`"
+                "leave `activations` out of quantize_int8, or choose another target"
             )
-        return replace(policy, rules=policy.dynamic)
+        # The first rule that decides has the last word: dynamic ones get what static ones have no kernel for
+        rules = {"static": policy.rules, "dynamic": policy.dynamic, "auto": policy.rules + policy.dynamic}
+        return replace(policy, rules=rules[self.activations])
 
-    def _data(self, policy: Int8Policy, context: Context) -> Data | None:
+    def _data(self, context: Context) -> Data | None:
         """Calibration samples; None where there are none, and dynamic quantization can do without."""
-        if context.data is None and policy.rules == policy.dynamic:
+        if context.data is None and self.activations == "dynamic":
             return None
         return _calibration_data(context)
 

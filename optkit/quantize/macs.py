@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from optkit.models import OnnxModel, Signature
 from optkit.quantize.placement import Placement
-from optkit.quantize.placement.draft import WEIGHTED
+from optkit.quantize.placement.draft import RECURRENT, WEIGHTED
 from optkit.quantize.placement.graph import constant
 
 if TYPE_CHECKING:
@@ -18,8 +18,10 @@ def macs(node: ir.Node, signature: Signature) -> int | None:
     """Multiplications for one sample, dynamic dimensions at their ``opt``; None where shapes are not known.
 
     Every weight is used once at each position of the output, or of the input that ConvTranspose spreads; a product of
-    two activations sums over the last dimension of the first.
+    two activations sums over the last dimension of the first. Recurrent layers use both of their weights at each step.
     """
+    if node.op_type in RECURRENT:
+        return _of_steps(node, signature)
     weight = constant(node.inputs[1])
     spread = _dims(node.inputs[0], signature)
     positions = spread if node.op_type == "ConvTranspose" else _dims(node.outputs[0], signature)
@@ -29,6 +31,12 @@ def macs(node: ir.Node, signature: Signature) -> int | None:
         return math.prod(positions) * spread[-1]
     del positions[1 if node.op_type.startswith("Conv") else -1]  # channels
     return math.prod(positions) * math.prod(weight.numpy().shape)
+
+
+def _of_steps(node: ir.Node, signature: Signature) -> int | None:
+    read, weights = _dims(node.inputs[0], signature), [constant(value) for value in node.inputs[1:3]]
+    sizes = [math.prod(weight.numpy().shape) for weight in weights if weight is not None]
+    return None if read is None or len(sizes) < len(weights) else math.prod(read[:-1]) * sum(sizes)
 
 
 def _dims(value: ir.Value | None, signature: Signature) -> list[int] | None:
@@ -53,4 +61,4 @@ def int8_share(model: OnnxModel, placement: Placement) -> float | None:
 
 
 def _left(node: ir.Node, placement: Placement) -> bool:
-    return node.op_type in WEIGHTED and node.name in placement.kept_float
+    return node.op_type in WEIGHTED | RECURRENT and node.name in placement.kept_float

@@ -61,12 +61,12 @@ def attention(net):
 @pytest.fixture
 def lstm(net):
     return net(
-        """g (float[s,b,12] x) => (float[s,2,b,16] y, float[2,b,16] h) {
-            y, h = LSTM <hidden_size = 16, direction = "bidirectional"> (x, w, r, bias)
+        """g (float[s,b,12] x) => (float[s,2,b,64] y, float[2,b,64] h) {
+            y, h = LSTM <hidden_size = 64, direction = "bidirectional"> (x, w, r, bias)
         }""",
-        w=normal(2, 64, 12) * np.float32([[[1.0]], [[0.2]]]),
-        r=normal(2, 64, 16) / 4,
-        bias=normal(2, 128),
+        w=normal(2, 256, 12) * np.float32([[[1.0]], [[0.2]]]),
+        r=normal(2, 256, 64) / 8,
+        bias=normal(2, 512),
     )
 
 
@@ -156,7 +156,7 @@ def test_an_lstm_becomes_the_one_of_onnx_runtime(lstm, tmp_path, context):
     assert after.ir.graph.opset_imports["com.microsoft"] == 1
     (node,) = after.ir.graph
     scale = node.inputs[8].const_value.numpy()
-    assert scale.shape == (2, 64)
+    assert scale.shape == (2, 256)
     # The directions have scales of their own
     assert scale[1].mean() < scale[0].mean() / 2
     assert sqnr(lstm, after, x=normal(20, 3, 12)) > 35
@@ -165,22 +165,23 @@ def test_an_lstm_becomes_the_one_of_onnx_runtime(lstm, tmp_path, context):
 
 def test_an_lstm_keeps_its_optional_inputs_and_attributes(net):
     model = net(
-        """g (float[s,b,6] x, int32[b] lengths, float[1,b,8] h0, float[1,b,8] c0) => (float[1,b,8] h) {
+        """g (float[s,b,6] x, int32[b] lengths, float[1,b,64] h0, float[1,b,64] c0) => (float[1,b,64] h) {
             h0n = Neg(h0)
-            y, h = LSTM <hidden_size = 8, direction = "reverse", clip = 3.0> (x, w, r, , lengths, h0n, c0)
+            y, h = LSTM <hidden_size = 64, direction = "reverse", clip = 3.0> (x, w, r, , lengths, h0n, c0)
         }""",
-        w=normal(1, 32, 6),
-        r=normal(1, 32, 8),
+        w=normal(1, 256, 6),
+        r=normal(1, 256, 64) / 8,
     )
-    feeds = {"x": normal(5, 2, 6), "lengths": np.int32([5, 3]), "h0": normal(1, 2, 8), "c0": normal(1, 2, 8)}
+    feeds = {"x": normal(5, 2, 6), "lengths": np.int32([5, 3]), "h0": normal(1, 2, 64), "c0": normal(1, 2, 64)}
     assert sqnr(model, written(model), **feeds) > 30
 
 
 @pytest.mark.parametrize(
     ("text", "reason"),
     [
-        ("y, h = GRU <hidden_size = 8> (x, w, r)", "no runtime has an INT8 GRU"),
+        ("y, h = GRU <hidden_size = 8> (x, w, r)", "there is no INT8 GRU"),
         ("y, h = LSTM <hidden_size = 8, layout = 1> (x, w, r)", "its batch comes first"),
+        ("y, h = LSTM <hidden_size = 8> (x, w, r)", "an LSTM with 8 hidden units is too small for INT8 to pay"),
         ("v = Neg(w) y, h = LSTM <hidden_size = 8> (x, v, r)", "its weights are not constants"),
     ],
 )

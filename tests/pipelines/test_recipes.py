@@ -40,6 +40,9 @@ def quick(recipe: Recipe, samples: int = 16) -> Recipe:
     for step in document["passes"]:
         if step["use"] == "quantize_int8":
             step["calibrate"]["samples"] = samples
+        for training in (step.get("train"), (step.get("recover") or {}).get("train")):
+            if training is not None:
+                training.update({"epochs": 1, "samples": 128, "batch_size": 16})
     return recipe.updated(
         passes=document["passes"],
         validation=QUICK,

@@ -135,13 +135,15 @@ def _in_turn(weight: Array, hessian: Array, scale: Array, pairs: bool) -> Array:
     """
     upper = np.linalg.cholesky(np.linalg.inv(hessian)).transpose(0, 2, 1)
     values, inputs = np.empty_like(weight), weight.shape[2]
+    pruned = weight == 0  # they stay so: kernels for sparse weights count on them
     for start in range(0, inputs, _BLOCK):
         stop = min(start + _BLOCK, inputs)
         errors = np.empty_like(weight[:, :, start:stop])
         for k in range(start, stop):
             before = values[:, :, k - 1] if pairs and k % 2 else np.zeros_like(scale)
             lowest, highest = np.maximum(-127, -MOST - before), np.minimum(127, MOST - before)
-            values[:, :, k] = np.clip(np.rint(weight[:, :, k] / scale), lowest, highest)
+            rounded = np.clip(np.rint(weight[:, :, k] / scale), lowest, highest)
+            values[:, :, k] = np.where(pruned[:, :, k], 0, rounded)
             error = (weight[:, :, k] - values[:, :, k] * scale) / upper[:, k, k, None]
             weight[:, :, k + 1 : stop] -= error[:, :, None] * upper[:, None, k, k + 1 : stop]
             errors[:, :, k - start] = error

@@ -22,7 +22,7 @@ from optkit.search import Attempt, Judge
 from optkit.targets.profiling import LayerTime, Profiles
 from optkit.validation import Report, Verdict
 from optkit.validation.latency import latency_feeds, speed_verdict
-from optkit.validation.regions import RegionTime, find_regions, time_regions
+from optkit.validation.regions import PartTime, RegionTime, find_regions, time_regions
 from optkit.validation.statistics import rounds_needed
 from optkit.validation.twin import QUANTIZED, NoTwin, Twin
 
@@ -223,17 +223,17 @@ def _region_document(time: RegionTime) -> dict[str, Any]:
         "name": time.region.name,
         "nodes": list(time.region.nodes),
         "pays": speed_verdict(time.speedup) == "faster",
-        "int8_ms": 1e3 * sum(layer.seconds for layer in time.int8),
-        "twin_ms": 1e3 * sum(layer.seconds for layer in time.twin),
+        "int8_ms": 1e3 * time.int8,
+        "twin_ms": 1e3 * time.twin,
         "ratio": time.speedup.estimate,
         "interval": [time.speedup.low, time.speedup.high],
-        "int8_layers": [_layer_document(layer) for layer in time.int8],
-        "twin_layers": [_layer_document(layer) for layer in time.twin],
+        "parts": [_part_document(part, time) for part in time.parts],
     }
 
 
-def _layer_document(layer: LayerTime) -> dict[str, Any]:
-    return {"name": layer.name, "nodes": list(layer.nodes), "ms": 1e3 * layer.seconds}
+def _part_document(part: PartTime, time: RegionTime) -> dict[str, Any]:
+    name = next((name for name in part.nodes if name in time.region.nodes), part.nodes[0])
+    return {"name": name, "nodes": list(part.nodes), "int8_ms": 1e3 * part.int8, "twin_ms": 1e3 * part.twin}
 
 
 # What is done about it

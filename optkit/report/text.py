@@ -8,8 +8,8 @@ from typing import Any
 
 WIDTH = 100
 
-_REGIONS = 12
-"""How many regions in INT8 are shown."""
+_REGIONS, _PARTS = 12, 8
+"""How many regions in INT8 are shown, and how many parts of those that do not pay."""
 
 _REASONS, _NAMES = 8, 6
 """For how many reasons nodes kept in float32 are named, and how many for each."""
@@ -210,6 +210,18 @@ def _regions(int8: Document) -> Iterator[str]:
     yield from table(["region (nodes)", "INT8", "twin", "times as fast", "interval", ""], rows)
     if len(regions) > _REGIONS:
         yield f"  and {len(regions) - _REGIONS} more in report.json"
+    parts = [part for region in regions if not region["pays"] and len(region["parts"]) > 1 for part in region["parts"]]
+    lost = sorted(parts, key=lambda part: part["twin_ms"] - part["int8_ms"])
+    rows = [
+        [
+            _short(part["name"]) + (f" and {len(part['nodes']) - 1} more" if len(part["nodes"]) > 1 else ""),
+            milliseconds(part["int8_ms"]),
+            milliseconds(part["twin_ms"]) if part["twin_ms"] else "-",
+        ]
+        for part in lost[:_PARTS]
+        if part["int8_ms"] > part["twin_ms"]
+    ]
+    yield from table(["what loses the most in them", "INT8", "twin"], rows)
 
 
 def _passes(document: Document) -> Iterator[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -138,10 +139,13 @@ def test_int8_that_does_not_pay_is_said_with_its_regions(run, ratio, how):
     small = regions["small"]
     assert not small["pays"] and small["interval"][0] <= small["ratio"] <= small["interval"][1] and small["ratio"] < 1
     assert small["ratio"] == pytest.approx(small["twin_ms"] / small["int8_ms"], rel=0.5)
-    assert {node for layer in small["int8_layers"] for node in layer["nodes"]} >= {"small", "d_QuantizeLinear"}
-    assert [layer["nodes"] for layer in small["twin_layers"]] == [["small"]]
+    parts = {part["nodes"][0]: part for part in small["parts"]}
+    assert parts["d_QuantizeLinear"]["twin_ms"] == 0  # what only INT8 needs
+    (product,) = (part for part in small["parts"] if "small" in part["nodes"])
+    assert product["int8_ms"] > 0 and product["twin_ms"] > 0
     assert regions["large"]["int8_ms"] > small["int8_ms"]
     assert "does not pay" in shown(found)
+    assert re.search(r"d_QuantizeLinear +\S+ +-\n", shown(found))
 
 
 def test_the_twin_takes_the_place_of_int8(run):

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal, get_args, get_origin
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin
 
 from pydantic import BaseModel, GetJsonSchemaHandler
 from pydantic.fields import FieldInfo
@@ -54,8 +55,17 @@ def search_space(model: type[BaseModel]) -> dict[str, Tunable]:
 
 
 def _listed(model: type[BaseModel], name: str, field: FieldInfo) -> tuple[Any, ...]:
-    if field.annotation is bool:
-        return (False, True)
-    if get_origin(field.annotation) is not Literal:
+    values = _values(field.annotation)
+    if not values:
         raise TypeError(f"{model.__name__}.{name} is marked Tunable() but its type lists no values: give a range")
-    return get_args(field.annotation)
+    return values
+
+
+def _values(annotation: Any) -> tuple[Any, ...]:
+    """What a type lists: nothing if it takes more."""
+    if annotation is bool:
+        return (False, True)
+    if get_origin(annotation) is Literal:
+        return get_args(annotation)
+    parts = [_values(part) for part in get_args(annotation)] if get_origin(annotation) in (Union, UnionType) else []
+    return tuple(value for part in parts for value in part) if all(parts) else ()

@@ -7,7 +7,7 @@ import logging
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import numpy as np
 
@@ -47,19 +47,19 @@ class QuantizeInt8(OnnxPass):
     """Weights become INT8, and so do the activations that the target's policy names."""
 
     use: Literal["quantize_int8"] = "quantize_int8"
-    activations: Literal["auto", "static", "dynamic"] = "auto"
+    activations: Annotated[Literal["auto", "static", "dynamic"], Tunable()] = "auto"
     """``static``: calibration finds the ranges of activations, and Q/DQ pairs hold them. ``dynamic``: products and
     LSTMs find them at each call; convolutions stay in float, and no data is needed. ``auto``: static, and dynamic for
     LSTMs, which have no other INT8."""
     calibrate: Calibration = Calibration()
     """How the ranges of activations are found."""
-    weights: WeightMethod = "max"
+    weights: Annotated[WeightMethod, Tunable()] = "max"
     """Ranges of weights, per output channel: ``max``, or ``mse`` for the least squared error."""
-    smooth: bool = True
+    smooth: Annotated[bool, Tunable()] = True
     """Move outliers of the channels that matrix products read into their weights; undone if held-out samples say so."""
-    round: Literal["nearest", "gptq"] = "nearest"
+    round: Annotated[Literal["nearest", "gptq"], Tunable()] = "nearest"
     """How weights are rounded: each to its nearest, or in turn so that later ones make up for earlier ones' errors."""
-    correct_bias: bool = True
+    correct_bias: Annotated[bool, Tunable()] = True
     """Take each channel's mean error out of the biases, layer after layer; undone if held-out samples say so."""
     exclude: tuple[str, ...] = ()
     """Names of nodes, or patterns such as ``encoder.0/*``, that stay in float."""

@@ -6,7 +6,7 @@ import functools
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal, TypeAlias
+from typing import TYPE_CHECKING, Annotated, Literal, TypeAlias
 
 from pydantic import Field
 
@@ -18,6 +18,7 @@ from optkit.quantize.placement import Placement
 from optkit.quantize.qdq import Quantization, quantize_weights, write
 from optkit.quantize.scales import RangeMethod, Scale, WeightMethod, activation_scale
 from optkit.targets.base import Int8Policy
+from optkit.tunable import Tunable
 
 if TYPE_CHECKING:
     from optkit.data import Batch
@@ -34,11 +35,11 @@ _MOST_HELD_OUT = 32
 class Calibration(Strict):
     """How ranges are found."""
 
-    method: Method = "auto"
+    method: Annotated[Method, Tunable()] = "auto"
     """``max``, ``percentile``, ``entropy``, ``mse``, or ``auto``: the one with the least error on held-out samples."""
-    percentile: float = Field(default=99.999, gt=50, le=100)
+    percentile: Annotated[float, Tunable(choices=(99.9, 99.99, 99.999, 99.9999))] = Field(default=99.999, gt=50, le=100)
     """Of the method ``percentile``."""
-    samples: int = Field(default=512, ge=1)
+    samples: Annotated[int, Tunable(choices=(64, 128, 256, 512, 1024))] = Field(default=512, ge=1)
     """How many samples of the calibration split."""
     batch_size: int = Field(default=32, ge=1)
     """How many samples are run at a time at most; fewer where their tensors would take more than 256 MiB."""

@@ -33,6 +33,7 @@ from optkit.quantize.scales import WeightMethod
 from optkit.quantize.smooth_quant import smooth
 from optkit.quantize.trial import Trial, keep_better
 from optkit.targets.base import Int8Policy, quote
+from optkit.tunable import Tunable
 
 if TYPE_CHECKING:
     from optkit.data import Data

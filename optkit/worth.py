@@ -183,7 +183,7 @@ def _profiled(attempt: Attempt, twin: Twin, context: Context) -> tuple[RegionTim
     if not isinstance(target, Profiles) or not isinstance(engine, Engine) or twin.engine is None:
         return ()
     models = [stage.model for stage in attempt.stages if isinstance(stage.model, OnnxModel)]
-    quantized = _stage(attempt.stages).model
+    quantized = attempt.stages[_place(attempt.stages)].model
     assert isinstance(quantized, OnnxModel)  # quantize_int8 gives no other
     data = context.data or random_data(engine.signature, context.seed)
     feeds, _ = latency_feeds(engine.signature, data, context)
@@ -209,8 +209,8 @@ def _calls(attempt: Attempt) -> int:
     return min(max(round(PROFILED_SECONDS / seconds), CALLS[0]), CALLS[1])
 
 
-def _stage(stages: Sequence[Stage]) -> Stage:
-    return next(stage for stage in stages if stage.name == QUANTIZED)
+def _place(stages: Sequence[Stage]) -> int:
+    return next(i for i, stage in enumerate(stages) if stage.name == QUANTIZED)
 
 
 def _named(times: Sequence[RegionTime]) -> str:
@@ -285,7 +285,7 @@ def _again(slow: _Weighed, context: Context, judge: Judge) -> Attempt:
     recipe = recipe.model_copy(update={"passes": (*recipe.passes[:split], without, *recipe.passes[split + 1 :])})
     scratch = context.scratch / f"without-{len(without.exclude)}"
     scratch.mkdir()
-    before = stages[: stages.index(_stage(stages))]
+    before = stages[: _place(stages)]
     made = run_passes(recipe.passes[split:], before[-1].model, replace(context, scratch=scratch))
     after = (*before, *made[1:])
     return _with_search(Attempt(recipe, after, judge(after, recipe)), slow.attempt)

@@ -12,6 +12,7 @@ from optkit.errors import BuildError, PassError, UnavailableError, UsageError
 from optkit.models import DimRange, Engine, OnnxModel
 from optkit.numerics import compare
 from optkit.passes.build_engine import BuildEngine
+from optkit.quantize.placement import name_nodes
 from optkit.targets import cuda
 from optkit.targets.onnxruntime import open_onnx
 from optkit.targets.tensorrt import TensorRtTarget
@@ -178,6 +179,16 @@ def test_times_with_a_graph_and_rotated_buffers(target, conv, context):
         layers = runner.profile(feeds)
         assert layers and all(layer["seconds"] > 0 for layer in layers)
         assert runner.run(feeds)["y"].shape == (4, 32, 28, 28)
+
+
+def test_tells_the_time_of_layers_with_their_nodes(target, conv, context):
+    model = conv("float16")
+    name_nodes(model)
+    engine = build(target, model, context)
+    with target.profiler(engine, model, 1) as profiler:
+        layers = profiler.layers(feeds_of(model), 10)
+    assert all(layer.seconds >= 0 for layer in layers)
+    assert "Conv_0" in {name for layer in layers for name in layer.nodes}
 
 
 def test_takes_what_lies_on_the_gpu(target, conv, context):

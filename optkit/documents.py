@@ -111,7 +111,9 @@ def _keys_at(cls: type[BaseModel], loc: Sequence[int | str]) -> set[str]:
     here = {cls}
     for part in loc:
         fields = [model.model_fields[part] for model in here if part in model.model_fields]
-        tagged = {m for m in here if part in (field.default for field in m.model_fields.values())}
+        # An index is no tag: 0 would be the default of every field that is False
+        tags = [part] if isinstance(part, str) else []
+        tagged = {m for m in here for tag in tags if tag in (field.default for field in m.model_fields.values())}
         if fields:
             here = {model for field in fields for model in _models_in(field.annotation)}
         elif tagged:

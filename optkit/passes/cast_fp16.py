@@ -37,6 +37,8 @@ class CastFp16(FloatCast):
     to: ClassVar[Literal["float16", "bfloat16"]] = "float16"
 
     use: Literal["cast_fp16"] = "cast_fp16"
+    native_only: bool = False
+    """Only for targets that compute in FP16; elsewhere there is nothing to do."""
     samples: int = Field(default=32, ge=0)
     """Calibration samples whose activations are looked at, one at a time; 0 looks at none."""
     headroom: float = Field(default=2.0, ge=1)
@@ -45,12 +47,16 @@ class CastFp16(FloatCast):
     def requires(self, model: OnnxModel, context: Context) -> None:
         """Warn where FP16 is no gain."""
         super().requires(model, context)
-        if "float16" not in context.target.dialect.floats:
+        if not self.native_only and not _native(context):
             log.warning(
                 "cast_fp16: the target %r has no fast FP16 kernels: it computes in float32 behind Casts, so expect a "
                 "smaller model and no speed-up",
                 context.target.name,
             )
+
+    def run(self, model: OnnxModel, context: Context) -> OnnxModel:
+        """The cast model, or the model itself where nothing is to be cast."""
+        return super().run(model, context) if _native(context) or not self.native_only else model
 
     def why_not(self, node: ir.Node, largest: Mapping[str, float]) -> str | None:
         """Why FP16 cannot hold what this node takes or gives."""
@@ -87,6 +93,10 @@ class CastFp16(FloatCast):
 
 def _floats(feeds: Feeds) -> Iterator[tuple[str, np.ndarray[Any, Any]]]:
     return ((name, array) for name, array in feeds.items() if array.dtype.kind == "f")
+
+
+def _native(context: Context) -> bool:
+    return "float16" in context.target.dialect.floats
 
 
 def _why_not_constant(node: ir.Node, index: int, array: np.ndarray[Any, Any]) -> str | None:

@@ -18,6 +18,7 @@ from optkit.models import Feeds, OnnxModel
 from optkit.numerics import compare
 from optkit.passes.base import OnnxPass
 from optkit.passes.graph_edit import constant, infer_missing_types, opset, sample_feeds
+from optkit.quantize.linter import is_quantized
 from optkit.targets.onnxruntime import open_onnx
 
 if TYPE_CHECKING:
@@ -45,6 +46,9 @@ REDUCTIONS = (
 """Ops that overflow or lose digits. Softmax and the normalizations that runtimes have kernels for (Layer, Group, RMS,
 Instance, Batch) are not among them: they accumulate in float32 whatever their type, and attention kernels want the
 products around Softmax in one type."""
+
+INT8_SQNR = 15.0
+"""The SQNR in dB that a cast of an INT8 graph must keep: as much as the validator wants of INT8 itself."""
 
 MASK = -1e9
 """A constant below this stands for minus infinity in an attention mask: any large negative number does as well."""
@@ -96,7 +100,8 @@ class FloatCast(OnnxPass):
     keep_ops: tuple[str, ...] = REDUCTIONS
     """Ops that stay in float32 because they overflow or lose digits."""
     min_sqnr: float = Field(default=30.0, ge=0)
-    """The least signal to noise ratio against float32 that is accepted on each output, in dB."""
+    """The least signal to noise ratio against float32 that is accepted on each output, in dB; of an INT8 graph 15 at
+    most, since a value that the cast rounds may fall into the next INT8 step."""
 
     def requires(self, model: OnnxModel, context: Context) -> None:
         """Refuse names in ``keep`` that the graph does not have."""
@@ -163,9 +168,10 @@ class FloatCast(OnnxPass):
         if found.nonfinite:
             culprit = first_not_finite(emulated, feeds, context)
             raise PostconditionError(f"{found.nonfinite} outputs are not finite, first at {culprit}: add it to `keep`")
-        if found.sqnr_db < self.min_sqnr and found.max_abs > 1e-7:
+        least = min(self.min_sqnr, INT8_SQNR) if is_quantized(before) else self.min_sqnr
+        if found.sqnr_db < least and found.max_abs > 1e-7:
             raise PostconditionError(
-                f"the output {found.worst!r} moves too far from float32: {found}; {self.min_sqnr:g} dB are wanted: "
+                f"the output {found.worst!r} moves too far from float32: {found}; {least:g} dB are wanted: "
                 "add nodes to `keep`, or lower `min_sqnr`"
             )
 

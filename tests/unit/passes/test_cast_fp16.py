@@ -12,7 +12,9 @@ from optkit.data import Batch
 from optkit.errors import PostconditionError, PreconditionError
 from optkit.models import OnnxModel
 from optkit.passes.cast_fp16 import CastFp16
+from optkit.recipe import Recipe
 from optkit.targets.onnxruntime import open_onnx
+from optkit.targets.tensorrt_rtx import TensorRtRtxTarget
 
 F16, F32 = ir.DataType.FLOAT16, ir.DataType.FLOAT
 
@@ -218,3 +220,20 @@ def test_subgraphs_and_sequences_stay_in_float32(onnx_model: Any, context: Conte
 def test_a_target_without_fast_kernels_is_warned_about(onnx_model: Any, context: Context, caplog: Any) -> None:
     CastFp16().requires(onnx_model(GROWING), context)
     assert "has no fast FP16 kernels" in caplog.text
+
+
+def test_native_only_leaves_other_targets_alone(onnx_model: Any, context: Context, caplog: Any) -> None:
+    step, model = CastFp16(native_only=True), onnx_model("g (float[2] x) => (float[2] y) { y = Relu(x) }")
+    step.requires(model, context)
+    assert step.run(model, context) is model
+    assert not caplog.records
+    there = replace(context, target=TensorRtRtxTarget())
+    assert step.run(model, there) is not model
+
+
+def test_the_rest_of_int8_is_fp16_where_the_target_computes_in_it() -> None:
+    for name, halves in (("onnxruntime", False), ("tensorrt", True), ("tensorrt-rtx", True)):
+        recipe = Recipe.load("int8").updated(target=name)
+        (cast,) = (step for step in recipe.passes if isinstance(step, CastFp16))
+        assert cast.native_only
+        assert ("float16" in recipe.target.dialect.floats) is halves

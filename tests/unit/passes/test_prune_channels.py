@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from optkit.context import Context
+from optkit.data import open_data
 from optkit.errors import PreconditionError, RecipeError, UnavailableError
 from optkit.models import Signature, TensorSpec, TorchModel
 from optkit.passes.export_onnx import ExportOnnx
@@ -229,3 +230,41 @@ def test_a_recipe_names_one_goal(goals):
 
 def test_the_search_space():
     assert set(PruneChannels.search_space()) >= {"macs", "importance", "scope", "multiple", "max_ratio", "steps"}
+
+
+def test_training_between_the_steps_brings_back_what_went(model, context, tmp_path):
+    rng = np.random.default_rng(0)
+    images = rng.standard_normal((192, 3, 8, 8)).astype("f")
+    np.savez(tmp_path / "images.npz", image=images, label=np.arange(192) % 5)
+    (tmp_path / "data.yaml").write_text(
+        "source: {kind: npz, path: images.npz}\ninputs: {image: image}\nlabel: label\nmetric: agreement\n"
+        "splits: {calibration: {count: 64}, validation: {count: 32}}\n"
+    )
+    context = replace(context, data=open_data(str(tmp_path / "data.yaml"), 0))
+    # Channels that matter: the halves that hardly reach the output of `model` would not be missed
+    with torch.no_grad():
+        model.module[3].weight[:, 16:] *= 1e3
+        model.module[8].weight[:, 16:] *= 1e3
+    options = {"macs": 0.5, "multiple": 4, "steps": 2, "importance": "magnitude"}
+    lesson = {"loss": {"kind": "values", "labels": 0}, "train": {"epochs": 6, "batch_size": 16, "held_out": 0.2}}
+    short = pruned(PruneChannels(**options), model, context)
+    taught = pruned(PruneChannels.model_validate({**options, "recover": lesson}), model, context)
+    assert {"prune_channels step 1", "prune_channels step 2", "pruning"} <= set(taught.records)
+    assert taught.records["pruning"]["widths"].keys() == short.records["pruning"]["widths"].keys()
+    with torch.no_grad():
+        inputs = torch.from_numpy(images)
+        wanted = model.module(inputs)
+        errors = [float((m.module(inputs) - wanted).square().mean()) for m in (short, taught)]
+    assert errors[1] < errors[0] / 2
+    assert not any(parameter.requires_grad for parameter in taught.module.parameters())
+
+
+def test_recovery_needs_what_training_needs(model, context):
+    step = PruneChannels.model_validate({"macs": 0.5, "importance": "magnitude", "recover": {}})
+    with pytest.raises(PreconditionError, match="needs training data: add a `data:` section"):
+        pruned(step, model, context)
+
+
+def test_hooks_of_the_recovery_are_relative_to_the_recipe(tmp_path):
+    step = PruneChannels.model_validate({"macs": 0.5, "recover": {"hooks": "hooks.py:Mine"}}).relative_to(tmp_path)
+    assert step.recover is not None and step.recover.hooks == f"{tmp_path / 'hooks.py'}:Mine"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import logging
 from collections.abc import Callable, Iterator
@@ -20,6 +21,7 @@ from optkit.passes.graph_edit import sample_feeds
 from optkit.quantize.bias_correction import correct_biases
 from optkit.quantize.calibrated import Calibrated
 from optkit.quantize.calibration import Calibration, Split, choose, scales
+from optkit.quantize.equalization import equalize
 from optkit.quantize.linter import QUANTIZED_OPS, lint
 from optkit.quantize.macs import int8_share
 from optkit.quantize.measure import Judge, outputs_of
@@ -58,6 +60,8 @@ class QuantizeInt8(OnnxPass):
     """Ranges of weights, per output channel: ``max``, or ``mse`` for the least squared error."""
     smooth: Annotated[bool, Tunable()] = True
     """Move outliers of the channels that matrix products read into their weights; undone if held-out samples say so."""
+    equalize: Annotated[bool, Tunable()] = False
+    """Bring the channels of a tensor to like ranges, by the weights around it; undone if held-out samples say so."""
     round: Annotated[Literal["nearest", "gptq"], Tunable()] = "nearest"
     """How weights are rounded: each to its nearest, or in turn so that later ones make up for earlier ones' errors."""
     correct_bias: Annotated[bool, Tunable()] = True
@@ -109,7 +113,7 @@ class QuantizeInt8(OnnxPass):
         size = batch_size(named, placement, self.calibrate.batch_size)
         stream = samples.observe(_batches(named, data, size, self.calibrate.samples))
         ahead = samples.read_ahead(stream)
-        named, trials = self._smoothed(named, placement, policy, samples, size, context)
+        named, trials = self._rescaled(named, policy, samples, size, context)
         placement = place(named, policy, self.exclude) if trials else placement
         # Too few batches to hold one out: what is observed has to do
         held_out = samples.held_out or list(_batches(named, data, size, size))
@@ -131,7 +135,8 @@ class QuantizeInt8(OnnxPass):
 
     def _origin(self, model: OnnxModel, policy: Int8Policy, data: Data | None) -> dict[str, Any]:
         """What the ranges depend on."""
-        settings = {**self.calibrate.model_dump(exclude={"ranges"}), "smooth": self.smooth, **asdict(policy)}
+        rescaled = {"smooth": self.smooth, "equalize": self.equalize}
+        settings = {**self.calibrate.model_dump(exclude={"ranges"}), **rescaled, **asdict(policy)}
         found = None if data is None else data.fingerprint("calibration")
         return {"model": digest(model), "data": found, "settings": settings}
 
@@ -165,30 +170,38 @@ class QuantizeInt8(OnnxPass):
             },
         )
 
-    def _smoothed(
-        self, model: OnnxModel, placement: Placement, policy: Int8Policy, samples: Split, size: int, context: Context
+    def _rescaled(
+        self, model: OnnxModel, policy: Int8Policy, samples: Split, size: int, context: Context
     ) -> tuple[OnnxModel, tuple[Trial, ...]]:
-        if not self.smooth or not samples.held_out:
+        """The same function with weights and activations whose ranges suit INT8 better, where held-out samples gain."""
+        steps: dict[str, Callable[[OnnxModel, Placement], OnnxModel]] = {}
+        if self.smooth:
+            again = Split(holds_out=True).observe(_batches(model, context.data, size, self.calibrate.samples))
+            steps["smooth"] = lambda m, places: smooth(m, places, policy, again, context.threads)
+        if self.equalize:
+            steps["equalize"] = lambda m, places: equalize(m, places, samples.first, context.threads)
+        if not samples.held_out:
             return model, ()
-        again = _batches(model, context.data, size, self.calibrate.samples)
-        smoothed = smooth(model, placement, policy, Split(holds_out=True).observe(again), context.threads)
-        if smoothed is model:
-            return model, ()
-        judge = Judge(model, samples.held_out, policy, context.threads)
+        judge = functools.cache(functools.partial(Judge, model, samples.held_out, policy, context.threads))
 
         def error(candidate: OnnxModel) -> float:
             places = place(candidate, policy, self.exclude)
             statistics = observe(candidate, places.observed, samples.first, context.threads)
             activations = scales(places, statistics, policy, "max")
             weights = quantize_weights(candidate, places, policy, activations, self.weights)
-            return judge.error(write(candidate, Quantization(places, activations, weights)))
+            return judge().error(write(candidate, Quantization(places, activations, weights)))
 
-        chosen, _, trial = keep_better("smooth", (model, error(model)), (smoothed, error(smoothed)))
-        return chosen, (trial,)
+        trials: list[Trial] = []
+        for name, step in steps.items():
+            candidate = step(model, place(model, policy, self.exclude))
+            if candidate is not model:
+                model, _, trial = keep_better(name, (model, error(model)), (candidate, error(candidate)))
+                trials.append(trial)
+        return model, tuple(trials)
 
     @property
     def _improves(self) -> bool:
-        return self.smooth or self.correct_bias or self.round != "nearest"
+        return self.smooth or self.equalize or self.correct_bias or self.round != "nearest"
 
     def _improved(self, calibrated: Calibrated, context: Context) -> tuple[OnnxModel, tuple[Trial, ...]]:
         model, policy, first = calibrated.model, calibrated.policy, calibrated.first

@@ -99,7 +99,7 @@ def _readers(written: OnnxModel, quantization: Quantization) -> dict[str, list[i
 
 
 def _enough(node: ir.Node, weight: QuantizedWeight) -> int:
-    inputs = weight.values.size // weight.values.shape[weight_axis(node)]
+    inputs = weight.values.size // int(weight.values.shape[weight_axis(node)])
     return max(_LEAST_ROWS, min(_ROWS_PER_INPUT * inputs, _MOST_ROWS))
 
 

@@ -76,3 +76,17 @@ def test_what_does_not_help_is_undone(linear, outliers, context, monkeypatch):
     assert [node.op_type for node in after.ir.graph] == [node.op_type for node in plain.ir.graph]
     for name, value in plain.ir.graph.initializers.items():
         np.testing.assert_array_equal(after.ir.graph.initializers[name].const_value.numpy(), value.const_value.numpy())
+
+
+def test_channels_are_equalized_and_that_is_recorded(net, array_data, context):
+    rng = np.random.default_rng(0)
+    sizes = np.geomspace(1, 30, 32, dtype="f")
+    model = net(
+        "g (float[b,8,6,6] x) => (float[b,16,4,4] y) { a = Conv(x, v) r = Relu(a) y = Conv<pads = [1,1,1,1]>(r, w) }",
+        v=rng.standard_normal((32, 8, 3, 3)).astype("f") * sizes[:, None, None, None],
+        w=rng.standard_normal((16, 32, 3, 3)).astype("f") / sizes[:, None, None],
+    )
+    data = array_data({"x": rng.standard_normal((64, 8, 6, 6)).astype("f")})
+    after = run(QuantizeInt8(calibrate=QUICK, equalize=True), model, replace(context, data=data))
+    found = trials(after)["equalize"]
+    assert found["kept"] and found["sqnr_after"] > found["sqnr_before"] + 3

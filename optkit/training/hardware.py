@@ -41,9 +41,18 @@ class Hardware:
         """The module, moved there."""
         import torch
 
-        if self.channels_last:
-            return module.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]  # as documented
-        return module.to(self.device)
+        module = module.to(self.device)
+        # Volumes have five axes, which PyTorch's channels_last refuses
+        if self.channels_last and all(weight.ndim < 5 for weight in module.parameters()):
+            return _laid_out(module, torch.channels_last)
+        return module
+
+    def back(self, module: torch.nn.Module) -> torch.nn.Module:
+        """The module on the CPU, as it lies in memory there."""
+        import torch
+
+        module = module.cpu()
+        return _laid_out(module, torch.contiguous_format) if self.channels_last else module
 
     def shared(self, module: torch.nn.Module) -> torch.nn.Module:
         """The module, sharing each batch out among all GPUs if there are several."""
@@ -88,6 +97,11 @@ class Hardware:
         if self.channels_last and tensor.ndim == 4:
             tensor = tensor.contiguous(memory_format=torch.channels_last)
         return tensor if self.is_cpu else tensor.pin_memory().to(self.device, non_blocking=True)
+
+
+def _laid_out(module: Any, order: torch.memory_format) -> torch.nn.Module:
+    moved: torch.nn.Module = module.to(memory_format=order)  # PyTorch's own annotations leave this form of `to` out
+    return moved
 
 
 def hardware_for(settings: Training) -> Hardware:

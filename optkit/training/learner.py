@@ -17,6 +17,7 @@ from optkit.failures import blame, reason
 from optkit.models import Signature
 from optkit.source.forward import tensors
 from optkit.targets.pytorch import named_outputs
+from optkit.training.hardware import Hardware
 from optkit.training.hooks import HookCalls, Parts
 from optkit.training.settings import Objective, OutputKind, judged
 
@@ -41,6 +42,7 @@ class Learner(nn.Module):
         metric: Metric,
         hooks: HookCalls,
         labelled: bool,
+        hardware: Hardware,
     ) -> None:
         super().__init__()
         self.student = student
@@ -49,7 +51,7 @@ class Learner(nn.Module):
         """Whose outputs a metric compares with; the teacher's where there is one."""
         self.projections = nn.ModuleDict()
         self.weights = objective.weights(teacher is not None, labelled)
-        self.signature, self._objective, self._hooks = signature, objective, hooks
+        self.signature, self._objective, self._hooks, self._hardware = signature, objective, hooks, hardware
         self._target = judged(metric, signature.outputs[0].name)
         self._ignored = getattr(metric, "ignore", _IGNORED)
         self._kinds: dict[str, OutputKind] = {
@@ -74,6 +76,11 @@ class Learner(nn.Module):
 
     def forward(self, inputs: tuple[torch.Tensor, ...], labels: torch.Tensor | None) -> torch.Tensor:
         """Run student and teacher, and measure how far apart they and the labels are."""
+        # Within forward: threads that share a batch among GPUs do not take mixed precision over
+        with self._hardware.autocast():
+            return self._losses(inputs, labels)
+
+    def _losses(self, inputs: tuple[torch.Tensor, ...], labels: torch.Tensor | None) -> torch.Tensor:
         outputs = self._outputs_of(self.student, inputs)
         with torch.no_grad():
             taught = self._outputs_of(self.teacher, inputs)

@@ -136,7 +136,7 @@ def _learner(
     for weight in student.parameters():
         weight.requires_grad_(weight.is_floating_point())
     metric = context.data.metric
-    learner = Learner(student, master, model.signature, objective, metric, hooks, first.labels is not None)
+    learner = Learner(student, master, model.signature, objective, metric, hooks, first.labels is not None, hardware)
     if not learner.weights:
         raise PreconditionError(
             f"{name} has nothing to learn from: there are no labels and no teacher, or all weights of the loss are 0"
@@ -200,10 +200,8 @@ class _Run:
             self._end()
             store.save(self._saved, done=True)
         _switch(self.student, training=False)
-        student = self.student.cpu().requires_grad_(False)
-        for weight in student.parameters():
-            weight.grad = None
-        return student
+        self.student.requires_grad_(False).zero_grad()
+        return self.hardware.back(self.student)
 
     def _steps(self, store: Store) -> None:
         _switch(self.student, training=True)
@@ -242,8 +240,7 @@ class _Run:
         self.learner.check_labels(batch.labels)
         inputs, labels = self.hardware.inputs(batch, self.learner.signature), self.hardware.labels(batch)
         with _told(len(batch)):
-            with self.hardware.autocast():
-                losses = self.parallel(inputs, labels).mean(0)
+            losses = self.parallel(inputs, labels).mean(0)
             self._look(losses, rate)
             self.optimizer.zero_grad()
             self.scaler.scale(losses[0]).backward()
@@ -257,7 +254,8 @@ class _Run:
 
     def _look(self, losses: torch.Tensor, rate: float) -> None:
         """Read the loss, and refuse one that is not finite."""
-        if not self.hardware.is_cpu and self.step % _LOOK_EVERY:
+        ends_epoch = (self.step + 1) % self.course.steps == 0
+        if not (self.hardware.is_cpu or ends_epoch or self.step % _LOOK_EVERY == 0):
             return
         loss, *terms = losses.tolist()
         if not math.isfinite(loss):
@@ -273,7 +271,8 @@ class _Run:
     def _close_epoch(self) -> bool:
         """Judge, tell the hooks, and say whether to stop."""
         rate = self.optimizer.param_groups[0]["lr"]
-        entry = {"step": self.step, "loss": float(np.mean(self.losses)), "learning_rate": rate}
+        loss = float(np.mean(self.losses)) if self.losses else None  # None: ended on a GPU between two looks
+        entry = {"step": self.step, "loss": loss, "learning_rate": rate}
         self.history.append(entry)
         self.losses.clear()
         if len(self.course.held_out):
@@ -318,7 +317,7 @@ class _Run:
             step=self.step,
             steps=self.steps,
             epoch=len(self.history),
-            loss=self.losses[-1] if self.losses else last.get("loss", math.nan),
+            loss=next((loss for loss in (*self.losses[-1:], last.get("loss")) if loss is not None), math.nan),
             score=last.get("score", self.first),
             best=self.best.score if self.best else None,
         )

@@ -12,8 +12,11 @@ from torch import nn
 from optkit.metrics import Cosine, Spearman, TokenAccuracy, Top1
 from optkit.models import Signature, TensorSpec
 from optkit.training import Objective
+from optkit.training.hardware import Hardware
 from optkit.training.hooks import NO_HOOKS
 from optkit.training.learner import Learner, relative_error, softened
+
+CPU = Hardware(torch.device("cpu"))
 
 
 class Gives(nn.Module):
@@ -43,7 +46,7 @@ def losses(
     """The loss and its terms."""
     specs = [TensorSpec(f"out{i}", "float32", tuple(out.shape)) for i, out in enumerate(student.outputs)]
     signature = Signature((TensorSpec("x", "float32", ("batch", 1)),), tuple(specs))
-    learner = Learner(student, teacher, signature, objective, metric, NO_HOOKS, labels is not None)
+    learner = Learner(student, teacher, signature, objective, metric, NO_HOOKS, labels is not None, CPU)
     given = learner((torch.zeros(4, 1),), None if labels is None else torch.from_numpy(labels))
     assert given.shape == (1, 1 + len(learner.weights))
     return given[0].tolist()
@@ -151,7 +154,7 @@ def test_features_are_projected_to_the_teachers_shape(mine, its):
     signature = Signature((TensorSpec("x", "float32", ("batch", 1)),), (TensorSpec("y", "float32", ("batch", 2)),))
     objective = Objective(features=["inner"], outputs=0)
     torch.manual_seed(0)
-    learner = Learner(Net(mine), Net(its).requires_grad_(False), signature, objective, Cosine(), NO_HOOKS, False)
+    learner = Learner(Net(mine), Net(its).requires_grad_(False), signature, objective, Cosine(), NO_HOOKS, False, CPU)
     learner.fit((torch.zeros(4, 1),))
     loss = learner((torch.zeros(4, 1),), None)[0, 0]
     loss.backward()

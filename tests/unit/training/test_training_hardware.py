@@ -1,0 +1,85 @@
+"""Where a training computes: what a GPU would do with types and layouts, on the CPU."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from optkit.errors import DataError
+from optkit.metrics import Batch, Top1
+from optkit.models import Signature, TensorSpec
+from optkit.training import Objective, Training
+from optkit.training.hardware import Hardware, hardware_for
+from optkit.training.hooks import NO_HOOKS
+from optkit.training.learner import Learner
+
+LIKE_A_GPU = Hardware(torch.device("cpu"), torch.bfloat16, channels_last=True)
+SIGNATURE = Signature(
+    (TensorSpec("image", "float32", ("batch", 3, 8, 8)),), (TensorSpec("logits", "float32", ("batch", 4)),)
+)
+
+
+def net() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(288, 4))
+
+
+def images() -> Batch:
+    rng = np.random.default_rng(0)
+    return Batch(
+        {"image": rng.standard_normal((6, 3, 8, 8)).astype(np.float32)}, rng.integers(0, 4, 6).astype(np.uint8)
+    )
+
+
+def test_images_and_weights_lie_with_the_channels_last_and_come_back_as_they_were():
+    module = net()
+    before = {name: (value.clone(), value.stride()) for name, value in module.state_dict().items()}
+    placed = LIKE_A_GPU.placed(module)
+    (image,) = LIKE_A_GPU.inputs(images(), SIGNATURE)
+    assert placed[0].weight.is_contiguous(memory_format=torch.channels_last)
+    assert image.is_contiguous(memory_format=torch.channels_last)
+    np.testing.assert_array_equal(image.numpy(), images().feeds["image"])
+    for name, value in LIKE_A_GPU.back(placed).state_dict().items():
+        assert torch.equal(value, before[name][0]) and value.stride() == before[name][1]
+
+
+def test_volumes_keep_their_layout():
+    module = nn.Conv3d(1, 2, 3)
+    assert LIKE_A_GPU.placed(module).weight.is_contiguous()
+
+
+def test_mixed_precision_comes_near_the_loss_and_the_gradients_of_float32():
+    def learnt(hardware: Hardware) -> tuple[float, torch.Tensor]:
+        student, teacher = hardware.placed(net()).train(), hardware.placed(net()).eval()
+        learner = Learner(student, teacher, SIGNATURE, Objective(features=["2"]), Top1(), NO_HOOKS, True, hardware)
+        inputs = hardware.inputs(images(), SIGNATURE)
+        learner.fit(inputs)
+        losses = learner(inputs, hardware.labels(images()))
+        losses[0, 0].backward()
+        assert losses.dtype == torch.float32
+        return losses.tolist(), student[0].weight.grad
+
+    whole, exact = learnt(Hardware(torch.device("cpu")))
+    half, near = learnt(LIKE_A_GPU)
+    np.testing.assert_allclose(half, whole, rtol=0.05, atol=0.01)
+    assert not torch.equal(exact, near)
+    assert nn.functional.cosine_similarity(exact.flatten(), near.flatten(), dim=0) > 0.99
+
+
+def test_labels_are_int64_or_float32():
+    batch = images()
+    assert LIKE_A_GPU.labels(batch).dtype == torch.int64
+    assert LIKE_A_GPU.labels(Batch(batch.feeds, np.zeros(6))).dtype == torch.float32
+    assert LIKE_A_GPU.labels(Batch(batch.feeds, None)) is None
+    with pytest.raises(DataError, match=r"a training batch has no input 'image', did you mean 'images'\?"):
+        LIKE_A_GPU.inputs(Batch({"images": batch.feeds["image"]}, None), SIGNATURE)
+
+
+def test_without_a_gpu_or_if_told_so_it_is_the_cpu_in_float32():
+    hardware = hardware_for(Training(device="cpu"))
+    assert hardware.is_cpu and hardware.half is None and not hardware.channels_last
+    assert not hardware.scaler().is_enabled()
+    module = net()
+    assert hardware.shared(module) is module

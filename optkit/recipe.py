@@ -74,7 +74,7 @@ class Gate(Strict):
     an FP16 or BF16 engine with the optimized FP32 model."""
     slow_int8: Literal["report", "twin", "rollback"] = "report"
     """What to do if INT8 is not shown to be faster than its twin: ``report`` says so, ``twin`` gives the twin instead,
-    and ``rollback`` puts those regions of the network back into float that are not faster."""
+    and ``rollback`` puts back into float what loses time in those regions of the network that are not faster."""
     confidence: float = Field(default=0.95, gt=0.5, lt=1)
     """Of the intervals that the gate looks at."""
 

@@ -29,7 +29,7 @@ from optkit.validation.twin import QUANTIZED, NoTwin, Twin
 log = logging.getLogger("optkit.worth")
 
 MOST_ROLLBACKS = 2
-"""How many times regions that do not pay go back to float."""
+"""How many times nodes of regions that do not pay go back to float."""
 
 PROFILED_SECONDS = 0.1
 """How long an engine is profiled in each round, within the limits of calls."""
@@ -114,6 +114,11 @@ class _Weighed:
         """Regions that are not shown to be faster, the slowest first."""
         slow = [time for time in self.regions if speed_verdict(time.speedup) != "faster"]
         return tuple(sorted(slow, key=lambda time: time.speedup.estimate))
+
+    @property
+    def losing(self) -> tuple[str, ...]:
+        """Nodes of these regions that are better off in float."""
+        return tuple(name for time in self.slow for name in time.losing)
 
     @property
     def facts(self) -> str:
@@ -227,6 +232,7 @@ def _region_document(time: RegionTime) -> dict[str, Any]:
         "twin_ms": 1e3 * time.twin,
         "ratio": time.speedup.estimate,
         "interval": [time.speedup.low, time.speedup.high],
+        "better_in_float": list(time.losing) if speed_verdict(time.speedup) != "faster" else [],
         "parts": [_part_document(part, time) for part in time.parts],
     }
 
@@ -256,31 +262,30 @@ _SUMMARY = ("twin", "pays", "ratio", "interval")
 
 
 def _rolled_back(first: _Weighed, context: Context, judge: Judge) -> Attempt:
-    """The fastest of what comes of putting the regions that do not pay back into float, once or twice."""
+    """The fastest of what comes of putting what loses time in slow regions back into float, once or twice."""
     tried = [first]
-    while len(tried) <= MOST_ROLLBACKS and tried[-1].pays is False and tried[-1].slow:
-        if len(tried[-1].slow) == len(tried[-1].regions):
-            return _instead(first, judge, ", and no region is either")
+    while len(tried) <= MOST_ROLLBACKS and tried[-1].pays is False and tried[-1].losing:
+        if {*tried[-1].losing} == {name for time in tried[-1].regions for name in time.region.nodes}:
+            return _instead(first, judge, ", and no part of it gains more than it costs to enter and leave INT8")
         tried.append(_Weighed.of(_again(tried[-1], context, judge), first.twin, context))
     if len(tried) == 1:
-        return first.explained(["No region went back to float (gate.slow_int8): none is known to be slow."])
+        return first.explained(["Nothing went back to float (gate.slow_int8): no layer is known to lose time."])
     rollbacks = [_rollback_document(one) for one in tried]
     chosen = max(tried, key=lambda one: one.ratio["interval"][0] if one.ratio else -math.inf)
     if chosen is first:
-        why = "To put regions that do not pay back into float was tried (gate.slow_int8), and made nothing faster."
+        why = "To put what loses time back into float was tried (gate.slow_int8), and made nothing faster."
         return first.explained([why], rollbacks=rollbacks)
     back = len(_step(chosen.attempt).exclude) - len(_step(first.attempt).exclude)
-    why = f"{first.facts}, so {back} nodes of regions that did not pay went back to float (gate.slow_int8)."
+    why = f"{first.facts}, so {back} nodes that lost time went back to float (gate.slow_int8)."
     return chosen.explained([why], done="rollback", rollbacks=rollbacks)
 
 
 def _again(slow: _Weighed, context: Context, judge: Judge) -> Attempt:
-    """Run the rest of the pipeline anew with the slow regions left out of INT8."""
+    """Run the rest of the pipeline anew with what loses time left out of INT8."""
     recipe, stages = slow.attempt.recipe, slow.attempt.stages
-    nodes = [name for time in slow.slow for name in time.region.nodes]
-    log.warning("%s: %d nodes of regions that do not pay go back to float", slow.facts, len(nodes))
+    log.warning("%s: %d nodes that lose time go back to float", slow.facts, len(slow.losing))
     step = _step(slow.attempt)
-    without = step.model_copy(update={"exclude": (*step.exclude, *nodes)})
+    without = step.model_copy(update={"exclude": (*step.exclude, *slow.losing)})
     split = recipe.passes.index(step)
     recipe = recipe.model_copy(update={"passes": (*recipe.passes[:split], without, *recipe.passes[split + 1 :])})
     scratch = context.scratch / f"without-{len(without.exclude)}"

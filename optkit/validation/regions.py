@@ -85,6 +85,35 @@ class RegionTime:
         """Seconds in the twin."""
         return sum(part.twin for part in self.parts)
 
+    @property
+    def losing(self) -> tuple[str, ...]:
+        """The region's nodes that are better off in float.
+
+        Those are all but the run of parts, in the order of the graph, that gains the most, if it gains more than what
+        only INT8 needs: one run is entered and left once, so it needs no more Q/DQ pairs than the region does.
+        """
+        place = {name: index for index, name in enumerate(self.region.nodes)}
+        computing = [part for part in self.parts if any(name in place for name in part.nodes)]
+        computing.sort(key=lambda part: min(place[name] for name in part.nodes if name in place))
+        start, stop = _best_run([part.twin - part.int8 for part in computing])
+        gained = sum(part.twin - part.int8 for part in computing[start:stop])
+        if gained <= self.int8 - sum(part.int8 for part in computing):
+            return self.region.nodes
+        lost = {name for part in (*computing[:start], *computing[stop:]) for name in part.nodes}
+        return tuple(name for name in self.region.nodes if name in lost)
+
+
+def _best_run(gains: Sequence[float]) -> tuple[int, int]:
+    """Where the run with the largest sum begins and ends; an empty one if nothing is positive."""
+    best, best_sum, start, current = (0, 0), 0.0, 0, 0.0
+    for index, gain in enumerate(gains):
+        if current <= 0:
+            start, current = index, 0.0
+        current += gain
+        if current > best_sum:
+            best, best_sum = (start, index + 1), current
+    return best
+
 
 def find_regions(floats: OnnxModel, quantized: OnnxModel) -> tuple[Region, ...]:
     """The INT8 regions of a graph that ``quantize_int8`` made, in the order of the graph.

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from optkit.targets.profiling import LayerTime
-from optkit.validation.regions import PartTime, Region, find_regions, time_regions
+from optkit.validation.regions import PartTime, Region, RegionTime, _best_run, find_regions, time_regions
+from optkit.validation.statistics import Interval
 
 FLOAT = """g (float[1,8,4,4] x) => (float[1,8] y) {
     [first] a = Conv(x, w)
@@ -121,3 +124,32 @@ def test_the_interval_is_over_rounds():
     assert not few.speedup.reliable
     assert enough.speedup.low < 1 < enough.speedup.high
     assert enough.int8 == 1.0  # the median of the rounds
+
+
+def timed(conversions: float, *parts: tuple[float, float]) -> RegionTime:
+    """A region of a node for each part, with its times in INT8 and in the twin."""
+    names = [f"n{index}" for index in range(len(parts))]
+    made = [PartTime((name, f"{name}_DQ"), *seconds) for name, seconds in zip(names, parts, strict=True)]
+    unknown = Interval(1, 0, 2, "", 6)
+    return RegionTime(Region(tuple(names), ("q",)), (PartTime(("q",), conversions, 0), *reversed(made)), unknown)
+
+
+@pytest.mark.parametrize(
+    ("conversions", "parts", "losing"),
+    [
+        (1, [(3, 5)], []),
+        (2, [(3, 5)], [0]),  # entering and leaving INT8 costs what it gains
+        (1, [(9, 5), (6, 5), (3, 9), (5, 4), (3, 9), (9, 5)], [0, 1, 5]),  # the loss in the middle is worth the way
+        (1, [(1, 4), (9, 1), (1, 9)], [0, 1]),  # and here it is not
+        (1, [(5, 4), (5, 5)], [0, 1]),
+    ],
+)
+def test_the_run_of_parts_that_gains_the_most_stays(conversions, parts, losing):
+    assert timed(conversions, *parts).losing == tuple(f"n{index}" for index in losing)
+
+
+@given(st.lists(st.integers(-9, 9), max_size=12))
+def test_no_run_gains_more_than_the_best(gains):
+    start, stop = _best_run(gains)
+    runs = [sum(gains[i:j]) for i in range(len(gains)) for j in range(i, len(gains) + 1)]
+    assert sum(gains[start:stop]) == max([0, *runs])

@@ -16,7 +16,7 @@ from optkit.models import Engine, OnnxModel
 from optkit.targets import cuda, engine_layers, tensorrt_plan
 from optkit.targets.base import TENSORRT, WEAK_TYPES, Availability, Dialect, Misfit, Target
 from optkit.targets.tensorrt_runner import TensorRtProfiler, TensorRtRunner
-from optkit.targets.worker_client import PYTHON_VARIABLE, probe, worker_python
+from optkit.targets.worker_client import PYTHON_VARIABLE, Limits, probe, worker_python
 
 MODULE = "tensorrt"
 
@@ -61,6 +61,12 @@ class TensorRtTarget(Target):
     """Replay a captured CUDA graph where the engine allows it."""
     timeout: float = Field(default=3600, gt=0)
     """Seconds until a build or a run that has not ended is killed."""
+    memory_mb: int | None = Field(default=None, ge=1)
+    """The most of this machine's memory that the worker may take before it is killed; all there is if not given."""
+
+    @property
+    def _limits(self) -> Limits:
+        return Limits(self.timeout, self.memory_mb)
 
     @property
     def dialect(self) -> Dialect:
@@ -112,7 +118,7 @@ class TensorRtTarget(Target):
             "profiles": tensorrt_plan.profiles(model.signature, self.profiles),
             "inspect": True,
         }
-        told = tensorrt_plan.build(model, folder, options, self.timeout, context.progress)
+        told = tensorrt_plan.build(model, folder, options, self._limits, context.progress)
         layers = engine_layers.read_layers(told.pop("information"), model)
         engine_layers.prove(layers, model, weak.get("precisions") or _precisions(model))
         gpu = cuda.detect().gpus[0]
@@ -144,12 +150,12 @@ class TensorRtTarget(Target):
     def open(self, engine: Engine, threads: int) -> TensorRtRunner:
         """Open the plan in a worker process."""
         settings = {"tf32": self.tf32, "cuda_graph": self.cuda_graph}
-        return TensorRtRunner(engine, MODULE, self.timeout, self.cuda_graph, settings)
+        return TensorRtRunner(engine, MODULE, self._limits, self.cuda_graph, settings)
 
     def profiler(self, engine: Engine, model: OnnxModel, threads: int) -> TensorRtProfiler:
         """Open the plan in a worker process for profiling, without CUDA graphs, which have no layers to time."""
         settings = {"tf32": self.tf32, "cuda_graph": False}
-        return TensorRtProfiler(TensorRtRunner(engine, MODULE, self.timeout, False, settings), engine, model)
+        return TensorRtProfiler(TensorRtRunner(engine, MODULE, self._limits, False, settings), engine, model)
 
     def versions(self) -> dict[str, str]:
         """The version of TensorRT and the GPU, if the worker's Python has the one and this machine the other."""

@@ -12,7 +12,7 @@ from optkit.context import Progress
 from optkit.errors import BuildError, UsageError, did_you_mean
 from optkit.models import DimRange, OnnxModel, Signature
 from optkit.targets.base import Availability
-from optkit.targets.worker_client import PYTHON_VARIABLE, Worker, probe, worker_python
+from optkit.targets.worker_client import PYTHON_VARIABLE, Limits, Worker, probe, worker_python
 
 PLAN_FILE = "engine.plan"
 
@@ -82,7 +82,7 @@ def _bound(limits: DimRange, bound: str) -> int:
 
 
 def build(
-    model: OnnxModel, folder: Path, options: Mapping[str, Any], timeout: float, progress: Progress
+    model: OnnxModel, folder: Path, options: Mapping[str, Any], limits: Limits, progress: Progress
 ) -> dict[str, Any]:
     """Build ``folder/engine.plan``; it appears complete or not at all.
 
@@ -90,14 +90,14 @@ def build(
         model: the model, in the precision that it is to run in.
         folder: where the plan goes.
         options: the rest of the worker's request: ``module`` and how to build.
-        timeout: seconds until the worker is killed.
+        limits: what the worker may take.
         progress: shows how far TensorRT is.
 
     Returns:
         What the worker says of the plan.
 
     Raises:
-        BuildError: TensorRT refused the model, crashed or took too long.
+        BuildError: TensorRT refused the model, crashed, took too long or too much memory.
     """
     import onnx_ir as ir
 
@@ -105,8 +105,8 @@ def build(
         onnx, plan = Path(aside) / "model.onnx", Path(aside) / PLAN_FILE
         ir.save(model.ir, onnx, external_data=f"{onnx.name}.data")  # no 2 GB limit, and no copy in memory
         request = {"do": "build", "onnx": str(onnx), "plan": str(plan), "profiles": profiles(model.signature)}
-        with Worker() as worker:
-            reply = worker.call({**request, **options}, timeout, progress, "building the TensorRT engine")
+        with Worker(limits) as worker:
+            reply = worker.call({**request, **options}, progress, "building the TensorRT engine")
             if "error" in reply:
                 raise _refusal(model, reply, worker.log())
         if plan.stat().st_size != reply["bytes"]:
@@ -115,10 +115,10 @@ def build(
     return {key: value for key, value in reply.items() if key != "kind"}
 
 
-def inspect(plan: Path, module: str, timeout: float) -> dict[str, Any]:
+def inspect(plan: Path, module: str, limits: Limits) -> dict[str, Any]:
     """The layers of a plan as TensorRT's inspector tells them, or ``{"not_inspected": why}``."""
-    with Worker() as worker:
-        reply = worker.call({"do": "inspect", "module": module, "plan": str(plan)}, timeout)
+    with Worker(limits) as worker:
+        reply = worker.call({"do": "inspect", "module": module, "plan": str(plan)})
     return {"not_inspected": reply["text"]} if "error" in reply else dict(reply["information"])
 
 

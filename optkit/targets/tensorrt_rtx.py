@@ -12,7 +12,7 @@ from optkit.errors import OptkitError, UnavailableError
 from optkit.models import Engine, OnnxModel
 from optkit.targets import cuda, tensorrt_plan
 from optkit.targets.base import TENSORRT, Availability, Dialect, Misfit, Runner, Target
-from optkit.targets.worker_client import PYTHON_VARIABLE
+from optkit.targets.worker_client import PYTHON_VARIABLE, Limits
 
 MODULE = "tensorrt_rtx"
 
@@ -35,6 +35,12 @@ class TensorRtRtxTarget(Target):
     """Let float32 matrix products and convolutions run in TF32 on the GPU."""
     timeout: float = Field(default=1800, gt=0)
     """Seconds until a build that has not ended is killed."""
+    memory_mb: int | None = Field(default=None, ge=1)
+    """The most of this machine's memory that the worker may take before it is killed; all there is if not given."""
+
+    @property
+    def _limits(self) -> Limits:
+        return Limits(self.timeout, self.memory_mb)
 
     @property
     def dialect(self) -> Dialect:
@@ -75,7 +81,7 @@ class TensorRtRtxTarget(Target):
             "workspace": None if self.workspace_mb is None else self.workspace_mb << 20,
             "tf32": self.tf32,
         }
-        told = tensorrt_plan.build(model, folder, options, self.timeout, context.progress)
+        told = tensorrt_plan.build(model, folder, options, self._limits, context.progress)
         plan = folder / tensorrt_plan.PLAN_FILE
         records = {
             "files": [],
@@ -116,4 +122,4 @@ class TensorRtRtxTarget(Target):
         gpus = cuda.detect()
         if not gpus.gpus:
             return {"not_inspected": f"TensorRT-RTX loads a plan only where it can run, and {gpus.reason}"}
-        return tensorrt_plan.inspect(plan, MODULE, self.timeout)
+        return tensorrt_plan.inspect(plan, MODULE, self._limits)

@@ -13,7 +13,7 @@ from optkit.targets import cuda
 from optkit.targets.base import Environment, check_feeds
 from optkit.targets.engine_layers import nodes_of_layers
 from optkit.targets.profiling import LayerTime
-from optkit.targets.worker_client import Worker
+from optkit.targets.worker_client import Limits, Worker
 
 _CANNOT_LOAD = "build it again on this machine: optkit verify BUNDLE --rebuild"
 
@@ -29,15 +29,14 @@ class TensorRtRunner:
         UsageError: the file is not an engine of that signature.
     """
 
-    def __init__(self, engine: Engine, module: str, timeout: float, cuda_graph: bool, settings: Mapping[str, Any]):
+    def __init__(self, engine: Engine, module: str, limits: Limits, cuda_graph: bool, settings: Mapping[str, Any]):
         self.signature = engine.signature
-        self._timeout = timeout
         if not engine.path.is_file():
             raise UsageError(f"{engine.path} does not exist")
-        self._worker = Worker()
+        self._worker = Worker(limits)
         try:
             request = {"do": "open", "module": module, "plan": str(engine.path.resolve()), "cuda_graph": cuda_graph}
-            told = self._worker.call(request, timeout)
+            told = self._worker.call(request)
             if "error" in told:
                 reason = f"{engine.path} cannot be opened by TensorRT: {told['text']}"
                 raise UnavailableError(f"{reason}: {_CANNOT_LOAD}")
@@ -87,7 +86,7 @@ class TensorRtRunner:
         sent = {
             name: array.view(np.uint16) if array.dtype.name == "bfloat16" else array for name, array in feeds.items()
         }
-        reply = self._worker.call({"do": what, **arguments}, self._timeout, arrays=sent)
+        reply = self._worker.call({"do": what, **arguments}, arrays=sent)
         if "error" in reply:
             raise _failure(reply, self._worker.log())
         return reply

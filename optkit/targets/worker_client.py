@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -34,14 +35,33 @@ def worker_python() -> str:
     return os.environ.get(PYTHON_VARIABLE) or sys.executable
 
 
+@dataclass(frozen=True)
+class Limits:
+    """What a worker may take before it is killed.
+
+    Attributes:
+        seconds: for one request.
+        memory_mb: of this machine's memory, in megabytes; None for as much as there is.
+    """
+
+    seconds: float
+    memory_mb: int | None = None
+
+
 class Worker:
     """A running worker process. Use it as a context manager: leaving it ends the process and all that it started.
+
+    Args:
+        limits: what it may take. The worker tells four times a second how much memory it holds. The system's own limits
+            are of no use for that: they count address space, of which CUDA reserves far more than there is memory.
+        python: the Python that runs it; None for ``worker_python``.
 
     Raises:
         UnavailableError: the Python cannot be started.
     """
 
-    def __init__(self, python: str | None = None) -> None:
+    def __init__(self, limits: Limits, python: str | None = None) -> None:
+        self._limits = limits
         self._python = python or worker_python()
         # Appending: this process reads it while the worker goes on writing
         self._log = tempfile.TemporaryFile("a+b")  # noqa: SIM115
@@ -60,6 +80,7 @@ class Worker:
         threading.Thread(target=self._read, daemon=True).start()
         self._memory = 0
         self._phase = ""
+        self._over = ""  # why it was killed
 
     @property
     def pid(self) -> int:
@@ -69,7 +90,6 @@ class Worker:
     def call(
         self,
         request: Mapping[str, Any],
-        timeout: float,
         progress: Progress = silent,
         description: str = "",
         arrays: Feeds | None = None,
@@ -80,19 +100,20 @@ class Worker:
 
         Args:
             request: ``do`` and its arguments, as ``worker.serve`` has them.
-            timeout: seconds until the worker is killed.
             progress: shows how far the work is, where TensorRT tells.
             description: what the work is called there.
             arrays: travel beside the request.
 
         Raises:
-            BuildError: the worker crashed, was killed, did not finish in time, or does not speak its language.
+            BuildError: the worker crashed, was killed, went over its limits, or does not speak its language.
         """
+        if self._over:
+            raise BuildError(f"{self._over}: open the engine again")
         with suppress(OSError):  # it has died: the end of its frames says how
             assert self._process.stdin is not None
             write_frame(self._process.stdin, request, arrays)
         reply: dict[str, Any] = {}
-        for _ in progress(self._percents(reply, timeout), description, 100):
+        for _ in progress(self._percents(reply), description, 100):
             pass
         return reply
 
@@ -104,12 +125,7 @@ class Worker:
 
     def close(self) -> None:
         """Kill the process group."""
-        if os.name == "posix":
-            with suppress(ProcessLookupError):
-                os.killpg(self._process.pid, signal.SIGKILL)
-        else:
-            self._process.kill()
-        self._process.wait()
+        self._kill()
         for pipe in (self._process.stdin, self._process.stdout):
             with suppress(OSError):
                 assert pipe is not None
@@ -122,6 +138,14 @@ class Worker:
     def __exit__(self, *exc: object) -> None:
         self.close()
 
+    def _kill(self) -> None:
+        if os.name == "posix":
+            with suppress(ProcessLookupError):
+                os.killpg(self._process.pid, signal.SIGKILL)
+        else:
+            self._process.kill()
+        self._process.wait()
+
     def _read(self) -> None:
         """Put frames into the queue, then what ended them: None for the end of the pipe, else the error."""
         assert self._process.stdout is not None
@@ -133,27 +157,39 @@ class Worker:
         except (FrameError, OSError, ValueError) as error:
             self._frames.put(error)
 
-    def _percents(self, reply: dict[str, Any], timeout: float) -> Iterator[int]:
+    def _percents(self, reply: dict[str, Any]) -> Iterator[int]:
         """Every percent once as it is reached, all of them by the end; ``reply`` is filled in place."""
         start = time.monotonic()
         shown = 0
         while not reply:
             try:
-                frame = self._frames.get(timeout=max(0.0, start + timeout - time.monotonic()))
+                frame = self._frames.get(timeout=max(0.0, start + self._limits.seconds - time.monotonic()))
             except queue.Empty:
-                raise BuildError(
-                    f"the TensorRT worker did not finish within {timeout:g} s{self._state()}, and was killed: raise "
-                    f"`timeout` of the target, or look into its log{self._logged()}"
+                raise self._killed(
+                    f"did not finish within {self._limits.seconds:g} s{self._state()}",
+                    "raise `timeout` of the target, or look into its log",
                 ) from None
             if not isinstance(frame, dict):
                 raise self._ended(frame, time.monotonic() - start)
             self._memory = frame.get("memory", self._memory)
             self._phase = frame.get("phase", self._phase)
+            if self._limits.memory_mb is not None and self._memory > self._limits.memory_mb << 20:
+                raise self._killed(
+                    f"took more than {self._limits.memory_mb} MB of memory after {time.monotonic() - start:.1f} s"
+                    f"{self._state()}",
+                    "raise `memory_mb` of the target, or build on a larger machine",
+                )
             if frame["kind"] == "reply":
                 reply.update(frame)
             for percent in range(shown, 100 if reply else frame.get("percent", 0)):
                 shown = percent + 1
                 yield shown
+
+    def _killed(self, what: str, mend: str) -> BuildError:
+        """Kill a worker that went over its limits; a reply that comes all the same is nobody's."""
+        self._over = f"the TensorRT worker {what}, and was killed"
+        self._kill()
+        return BuildError(f"{self._over}: {mend}{self._logged()}")
 
     def _ended(self, error: Exception | None, seconds: float) -> BuildError:
         if error is not None:
@@ -196,5 +232,5 @@ def probe(python: str | None = None) -> dict[str, Any]:
         UnavailableError: the Python cannot be started.
         BuildError: it does not behave as a Python does, or dies.
     """
-    with Worker(python) as worker:
-        return worker.call({"do": "probe", "modules": ["tensorrt", "tensorrt_rtx"]}, _PROBE_SECONDS)
+    with Worker(Limits(_PROBE_SECONDS), python) as worker:
+        return worker.call({"do": "probe", "modules": ["tensorrt", "tensorrt_rtx"]})

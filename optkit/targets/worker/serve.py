@@ -2,9 +2,9 @@
 
 Arrays travel beside the JSON, and are the entry ``arrays`` of a request and of a reply.
 
-News are ``{"kind": "alive", "memory": peak bytes}`` every second and ``{"kind": "progress", "percent", "phase"}``; the
-reply is ``{"kind": "reply", ...}``. If TensorRT refused, ``error`` in it is ``refused``, ``text`` says why, and
-``nodes`` are the ONNX nodes at fault; if anything else went wrong it is ``failed``. Standard error is the log.
+News are ``{"kind": "alive", "memory": peak bytes}``, four times a second, and ``{"kind": "progress", "percent",
+"phase"}``; the reply is ``{"kind": "reply", ...}``. If TensorRT refused, ``error`` in it is ``refused``, ``text`` says
+why, and ``nodes`` are the ONNX nodes at fault; if anything else went wrong it is ``failed``. Standard error is the log.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from .gpu import CudaError
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-HEARTBEAT_SECONDS = 1.0
+HEARTBEAT_SECONDS = 0.25
 
 
 class Channel:
@@ -91,6 +91,12 @@ def _beat(channel: Channel) -> None:
 
 def _peak_memory() -> int:
     """Bytes of memory that this process had at its largest, or 0 where the system does not say."""
+    try:
+        # Not getrusage: on Linux it counts what the process that started this one held by then
+        with open("/proc/self/status") as status:  # noqa: PTH123 (the shortest way there is, four times a second)
+            return next(int(line.split()[1]) << 10 for line in status if line.startswith("VmHWM:"))
+    except (OSError, StopIteration):
+        pass
     try:
         import resource
     except ImportError:  # Windows

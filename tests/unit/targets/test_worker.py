@@ -15,8 +15,11 @@ import pytest
 
 import optkit.targets.worker as worker_package
 from optkit.errors import BuildError, UnavailableError
+from optkit.targets import cuda
 from optkit.targets.worker.frames import HEADER, FrameError, read_frame, write_frame
-from optkit.targets.worker_client import PYTHON_VARIABLE, Worker, probe
+from optkit.targets.worker_client import PYTHON_VARIABLE, Limits, Worker, probe
+
+LIMITS = Limits(60)
 
 SOURCES = sorted(Path(worker_package.__file__).parent.glob("*.py"))
 
@@ -57,6 +60,21 @@ def signalling(worker: Worker, number: int):
             yield item
 
     return progress
+
+
+def save_large(path: str) -> None:
+    """A model with 64 MiB of weights."""
+    weights = onnx.numpy_helper.from_array(np.ones((4096, 4096), np.float32), "w")
+    x, y = (onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, [1, 4096]) for name in "xy")
+    graph = onnx.helper.make_graph([onnx.helper.make_node("MatMul", ["x", "w"], ["y"])], "g", [x], [y], [weights])
+    opsets = [onnx.helper.make_opsetid("", 20)]
+    onnx.save(onnx.helper.make_model(graph, ir_version=10, opset_imports=opsets), path)
+
+
+def memory_of(worker: Worker, field: str) -> int:
+    """Megabytes that the system says of the worker."""
+    status = Path(f"/proc/{worker.pid}/status").read_text()
+    return int(status.partition(f"{field}:")[2].split()[0]) >> 10
 
 
 def is_alive(pid: int) -> bool:
@@ -159,19 +177,19 @@ def test_tells_what_a_wrong_python_did(script, text, message):
 @linux
 def test_tells_when_the_worker_was_killed_in_the_middle_of_a_build(request_build):
     with (
-        Worker() as worker,
+        Worker(LIMITS) as worker,
         pytest.raises(BuildError, match=r"killed by SIGKILL after .* in its phase '.*' with \d+ MB"),
     ):
-        worker.call(request_build, 60, signalling(worker, signal.SIGKILL))
+        worker.call(request_build, signalling(worker, signal.SIGKILL))
     assert not Path(request_build["plan"]).exists()
 
 
 @linux
 def test_kills_a_worker_that_hangs(request_build):
-    with Worker() as worker:
+    with Worker(Limits(2)) as worker:
         start = time.monotonic()
         with pytest.raises(BuildError, match=r"did not finish within 2 s.*raise `timeout`"):
-            worker.call(request_build, 2, signalling(worker, signal.SIGSTOP))
+            worker.call(request_build, signalling(worker, signal.SIGSTOP))
         assert time.monotonic() - start < 10
     assert not is_alive(worker.pid)
 
@@ -180,8 +198,8 @@ def test_kills_a_worker_that_hangs(request_build):
 def test_kills_what_the_worker_started(script, tmp_path):
     pid_file = tmp_path / "pid"
     python = script(f'sleep 1000 & echo $! > {pid_file}\nexec {sys.executable} "$@"')
-    with Worker(python) as worker:
-        assert "modules" in worker.call({"do": "probe", "modules": []}, 60)
+    with Worker(LIMITS, python) as worker:
+        assert "modules" in worker.call({"do": "probe", "modules": []})
         child = int(pid_file.read_text())
         assert is_alive(child)
     deadline = time.monotonic() + 5
@@ -201,27 +219,95 @@ def test_the_worker_ends_when_nobody_listens():
 
 
 def test_keeps_prints_out_of_the_frames_and_answers_bad_requests(request_build):
-    with Worker() as worker:
-        reply = worker.call({"do": "dance"}, 60)
+    with Worker(LIMITS) as worker:
+        reply = worker.call({"do": "dance"})
         assert reply["error"] == "failed"
         assert "KeyError: 'dance'" in worker.log()
-        assert worker.call(request_build, 60)["bytes"] == Path(request_build["plan"]).stat().st_size
+        assert worker.call(request_build)["bytes"] == Path(request_build["plan"]).stat().st_size
 
 
 @linux
 def test_tells_when_memory_ran_out(script, request_build):
-    with Worker() as worker:
-        worker.call({"do": "probe", "modules": ["tensorrt_rtx"]}, 60)
+    with Worker(LIMITS) as worker:
+        worker.call({"do": "probe", "modules": ["tensorrt_rtx"]})
         status = Path(f"/proc/{worker.pid}/status").read_text()
     started = int(status.partition("VmPeak:")[2].split()[0])
-    weights = onnx.numpy_helper.from_array(np.ones((4096, 4096), np.float32), "w")
-    x, y = (onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, [1, 4096]) for name in "xy")
-    graph = onnx.helper.make_graph([onnx.helper.make_node("MatMul", ["x", "w"], ["y"])], "g", [x], [y], [weights])
-    opsets = [onnx.helper.make_opsetid("", 20)]
-    onnx.save(onnx.helper.make_model(graph, ir_version=10, opset_imports=opsets), request_build["onnx"])
+    save_large(request_build["onnx"])
     # Enough to start and to import TensorRT-RTX, not enough to read 64 MiB of weights
-    with Worker(script(f'ulimit -v {started + 50_000}\nexec {sys.executable} "$@"')) as worker:
-        reply = worker.call(request_build, 60)
+    with Worker(LIMITS, script(f'ulimit -v {started + 50_000}\nexec {sys.executable} "$@"')) as worker:
+        reply = worker.call(request_build)
     assert reply["error"] == "refused"
     assert "bad_alloc" in reply["text"]
     assert not Path(request_build["plan"]).exists()
+
+
+@linux
+def test_kills_a_worker_that_takes_too_much_memory(request_build):
+    with Worker(LIMITS) as worker:
+        worker.call({"do": "probe", "modules": ["tensorrt_rtx"]})
+        limit = memory_of(worker, "VmHWM") + 40
+    save_large(request_build["onnx"])
+    with Worker(Limits(60, limit)) as worker:
+        with pytest.raises(
+            BuildError, match=rf"took more than {limit} MB of memory after .* was killed: raise `memory_mb`"
+        ):
+            worker.call(request_build)
+        assert not is_alive(worker.pid)
+        with pytest.raises(BuildError, match="was killed: open the engine again"):
+            worker.call(request_build)
+    assert not Path(request_build["plan"]).exists()
+
+
+@linux
+def test_a_build_within_its_memory_limit_is_left_alone(request_build):
+    with Worker(Limits(60, 4096)) as worker:
+        assert "error" not in worker.call(request_build)
+
+
+@linux
+def test_counts_the_workers_own_memory_and_not_that_of_its_parent():
+    code = (
+        "import numpy as np; held = np.ones(300 << 17)\n"  # 300 MB before the worker begins
+        "from optkit.targets.worker_client import Limits, Worker\n"
+        "with Worker(Limits(60, 200)) as worker: print(worker.call({'do': 'probe', 'modules': []})['python'])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.startswith("3."), done.stderr
+
+
+def test_opening_an_engine_without_a_driver_is_refused_and_not_a_crash(request_build):
+    if cuda.detect().gpus:
+        pytest.skip("this machine has a driver and a GPU")
+    with Worker(LIMITS) as worker:
+        worker.call(request_build)
+        reply = worker.call({**request_build, "do": "open", "cuda_graph": True})
+        assert reply["error"] == "refused" and "driver" in reply["text"]
+        assert worker.call({"do": "run"})["text"] == "no engine is open"  # and it goes on answering
+
+
+@linux
+def test_builds_at_the_same_time_share_a_timing_cache(tmp_path):
+    # Each process stands for a build by a TensorRT whose caches are lines of text: what the worker does with them is
+    # read, merge and write a file that others write too
+    code = (
+        "import sys; sys.path.insert(0, sys.argv[1]); from worker.build import _TimingCache\n"
+        "class Cache:\n"
+        "    def __init__(self, content): self.lines = set(content.split())\n"
+        "    def combine(self, other, ignore): self.lines |= other.lines; return True\n"
+        "    def serialize(self): return b' '.join(sorted(self.lines))\n"
+        "class Config:\n"
+        "    def create_timing_cache(self, content): return Cache(content)\n"
+        "    def set_timing_cache(self, cache, ignore): self.cache = cache\n"
+        "    def get_timing_cache(self): return self.cache\n"
+        "config = Config()\n"
+        "for i in range(20):\n"
+        "    cache = _TimingCache(None, config, sys.argv[2])\n"
+        "    config.cache.lines.add(f'{sys.argv[3]}-{i}'.encode())\n"
+        "    cache.save()\n"
+    )
+    path = tmp_path / "timing" / "kernels.cache"
+    command = [sys.executable, "-c", code, str(SOURCES[0].parent.parent), str(path)]
+    builds = [subprocess.Popen([*command, str(number)]) for number in range(4)]
+    assert [build.wait(timeout=60) for build in builds] == [0] * 4
+    assert set(path.read_text().split()) == {f"{number}-{i}" for number in range(4) for i in range(20)}
+    assert sorted(file.suffix for file in path.parent.iterdir()) == [".cache", ".lock"]

@@ -23,7 +23,9 @@ if TYPE_CHECKING:
 _ENDING = re.compile(r"(_token_\d+|/\w+/?)$")
 _BLOCKED = "_nchwc"
 
-_READ_BY_ITS_KERNEL = frozenset({"Conv", "ConvTranspose", "DequantizeLinear", "Gemm", "MatMul"})
+_READ_BY_ITS_KERNEL = frozenset(
+    {"Conv", "ConvTranspose", "DequantizeLinear", "DynamicQuantizeLinear", "Gemm", "MatMul"}
+)
 
 
 def kernel_nodes(model: OnnxModel, kernels: Sequence[onnx.NodeProto]) -> list[tuple[str, ...]]:

@@ -101,6 +101,17 @@ def test_a_quantized_convolution_takes_its_pairs(make):
     ] * 2  # one for each reader
 
 
+def test_a_product_that_finds_its_ranges_itself_takes_all_of_that(net, tmp_path, context):
+    model = net(
+        """g (float[2,8] x) => (float[2,8] y) <float s = {0.1}> {
+            [before] a = Tanh(x) [ranges] q, u, z = DynamicQuantizeLinear(a) [product] p = MatMulInteger(q, w, z)
+            [real] r = Cast<to = 1>(p) [scale] k = Mul(u, s) [scaled] y = Mul(r, k) }""",
+        w=np.random.default_rng(0).integers(-127, 128, (8, 8)).astype(np.int8),
+    )
+    engine = OnnxRuntimeTarget().build(model, tmp_path, context)
+    assert list(kernels_of(model, engine).values()) == [("before",), ("ranges", "product", "real", "scale", "scaled")]
+
+
 def test_what_only_moves_data_counts_with_its_reader(make):
     model, _ = make(FLOAT)
     nodes = [

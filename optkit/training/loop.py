@@ -88,7 +88,8 @@ def train(
     }
     store = Store(context.resume, name, key_of(document, model.module, teacher.module if teacher else None))
     with seeded(context.seed):
-        learner, hardware = _learner(model, settings, context, objective, teacher, hooks, course, name)
+        hardware = hardware_for(settings)
+        learner = _learner(model, teacher, objective, hooks, hardware, context, _first_batch(course, objective))
         run = _Run(
             name, learner, hardware, settings, course, hooks, context, context.data.metric, _masks(learner, model)
         )
@@ -106,27 +107,17 @@ def train(
 
 def _learner(
     model: TorchModel,
-    settings: Training,
-    context: Context,
-    objective: Objective,
     teacher: TorchModel | None,
+    objective: Objective,
     hooks: HookCalls,
-    course: Course,
-    name: str,
-) -> tuple[Learner, Hardware]:
-    """Student and teacher, checked on the first batch, where they compute."""
+    hardware: Hardware,
+    context: Context,
+    first: Batch,
+) -> Learner:
+    """Student and teacher where they compute, checked on the first batch."""
     from optkit.training.learner import Learner
 
     assert context.data is not None  # train() checked it
-    hardware = hardware_for(settings)
-    first = next(course.samples.batches(course.training[: course.size].tolist(), course.size), None)
-    if first is None:
-        raise DataError("there is not one training batch: look at the training split of the data, or at the hooks")
-    if objective.labels and first.labels is None:
-        raise DataError(
-            f"{name} is to learn from labels (weight {objective.labels:g}), and the data have none: set `label` in the "
-            "data spec, or the weight to 0"
-        )
     student = hooks.student(copy.deepcopy(model.module))
     master = hooks.teacher(copy.deepcopy(teacher.module)) if teacher is not None else None
     for module in (student, master):
@@ -138,14 +129,25 @@ def _learner(
     metric = context.data.metric
     learner = Learner(student, master, model.signature, objective, metric, hooks, first.labels is not None, hardware)
     if not learner.weights:
-        raise PreconditionError(
-            f"{name} has nothing to learn from: there are no labels and no teacher, or all weights of the loss are 0"
-        )
+        raise PreconditionError("there is nothing to learn from: no labels and no teacher, or no weights in the loss")
     if master is None and not metric.needs_labels:
         # Such a metric asks how alike the outputs are: those of the model that came in stand in for a teacher's
         learner.reference = hardware.placed(copy.deepcopy((context.original or model).module))
     learner.fit(hardware.inputs(first, model.signature))
-    return learner, hardware
+    return learner
+
+
+def _first_batch(course: Course, objective: Objective) -> Batch:
+    """What shapes and labels are known by."""
+    first = next(course.samples.batches(course.training[: course.size].tolist(), course.size), None)
+    if first is None:
+        raise DataError("there is not one training batch: look at the training split of the data, or at the hooks")
+    if objective.labels and first.labels is None:
+        raise DataError(
+            f"the loss gives labels the weight {objective.labels:g}, and the data have none: set `label` in the data "
+            "spec, or the weight to 0"
+        )
+    return first
 
 
 @dataclass

@@ -209,11 +209,9 @@ def test_fewer_samples_than_a_batch(points, context, student):
 
 def test_labels_that_the_data_do_not_have(points, context, student, teacher):
     context = replace(context, data=points(label=None, metric="agreement"))
-    with pytest.raises(
-        DataError, match=r"is to learn from labels \(weight 0\.5\), and the data have none: set `label`"
-    ):
+    with pytest.raises(DataError, match=r"the loss gives labels the weight 0\.5, and the data have none: set `label`"):
         train(student, QUICK, context, objective=Objective(labels=0.5), teacher=teacher)
-    with pytest.raises(PreconditionError, match="has nothing to learn from: there are no labels and no teacher"):
+    with pytest.raises(PreconditionError, match="there is nothing to learn from: no labels and no teacher"):
         train(student, QUICK, context)
 
 

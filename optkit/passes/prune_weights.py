@@ -15,7 +15,7 @@ from optkit.errors import PostconditionError, PreconditionError
 from optkit.models import TorchModel
 from optkit.passes.base import TorchPass
 from optkit.pruning.batch_norm import recalibrate
-from optkit.pruning.layers import calls_of, is_weighted, layer_of, named_by, refuse_program, tied_layers
+from optkit.pruning.layers import calls_of, is_weighted, layer_of, named_by, owns_weight, refuse_program, tied_layers
 from optkit.pruning.ranking import Scope
 from optkit.pruning.samples import calibration_batches, examples
 from optkit.pruning.second_order import costs, inverse_factor, most_worth, prune_rows
@@ -113,6 +113,8 @@ class PruneWeights(TorchPass):
                 dense[name] = "`skip` names it"
             elif name in tied:
                 dense[name] = f"it has its weight in common with {tied[name]}"
+            elif not owns_weight(layer):
+                dense[name] = "its weight is computed from others"
             elif not can_unroll(layer):
                 dense[name] = "it is a grouped, transposed or three-dimensional convolution"
             elif self.pattern == "2:4" and layer.weight.shape[1] % 4:

@@ -11,6 +11,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("optkit.pruning")
 
+_LEAST = 64
+"""Samples that a mean and a variance can be taken from."""
+
 
 def recalibrate(module: torch.nn.Module, batches: Sequence[tuple[torch.Tensor, ...]]) -> None:
     """Replace the running mean and variance of every batch normalization by those of ``batches``, in place."""
@@ -22,6 +25,10 @@ def recalibrate(module: torch.nn.Module, batches: Sequence[tuple[torch.Tensor, .
         if isinstance(part, torch.nn.modules.batchnorm._BatchNorm) and part.track_running_stats
     ]
     if not norms or not batches:
+        return
+    seen = sum(len(batch[0]) for batch in batches)
+    if seen < _LEAST:
+        log.warning("%d samples say too little of means and variances: those of the checkpoint stay", seen)
         return
     before = [(norm.running_mean.clone(), norm.running_var.clone(), norm.momentum) for norm in norms]
     try:

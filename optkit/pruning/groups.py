@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from optkit.errors import PreconditionError
 from optkit.failures import reason
-from optkit.pruning.layers import calls_of, is_weighted, layer_of, named_by, tied_layers
+from optkit.pruning.layers import calls_of, is_weighted, layer_of, named_by, owns_weight, tied_layers
 
 if TYPE_CHECKING:
     import torch
@@ -100,10 +100,11 @@ def prunable_groups(
     names = [name for name, part in module.named_modules() if is_weighted(part)]
     skipped = named_by(skip, names)
     graph = _graph(module, examples)
+    known = {part: name for name, part in module.named_modules()}
     heads = _heads(module)
     allowed, refused = [], {}
     for handle in graph.get_all_groups():
-        group = _group(handle, graph, heads)
+        group = _group(handle, graph, known, heads)
         why = _skipped(group, skipped) or _unfit(group, graph, module, calls)
         if why is None:
             allowed.append(group)
@@ -124,6 +125,8 @@ def remove(module: torch.nn.Module, examples: tuple[torch.Tensor, ...], removal:
     graph = _graph(pruned, examples)
     sizes = {name: layer_of(pruned, name).out_features // count for name, count in _heads(pruned).items()}
     for root, channels in removal.items():
+        if not channels:
+            continue
         layer = layer_of(pruned, root)
         handle = graph.get_pruning_group(layer, graph.get_pruner_of_module(layer).prune_out_channels, list(channels))
         handle.prune()
@@ -149,7 +152,7 @@ def _graph(module: torch.nn.Module, examples: tuple[torch.Tensor, ...]) -> Any:
             ) from error
 
 
-def _group(handle: Any, graph: Any, heads: Mapping[str, int]) -> Group:
+def _group(handle: Any, graph: Any, known: Mapping[Any, str], heads: Mapping[str, int]) -> Group:
     import torch
 
     layers: dict[str, int] = {}
@@ -157,17 +160,18 @@ def _group(handle: Any, graph: Any, heads: Mapping[str, int]) -> Group:
     exact = True
     width = len(handle[0].idxs)
     for item in handle.items:
-        target, name = item.dep.target.module, graph._module2name.get(item.dep.target.module)
+        target = item.dep.target.module
         mixes = isinstance(target, (torch.nn.LayerNorm, torch.nn.GroupNorm, torch.nn.RMSNorm, torch.nn.Parameter))
         exact = exact and not mixes
-        if name is None or not is_weighted(target):
+        if not is_weighted(target):
             continue
+        name = known[target]
         if graph.is_out_channel_pruning_fn(item.dep.handler):
             layers[name] = max(1, len(item.idxs) // width)
         else:
             roots = [root for root in item.root_idxs if root is not None]
             readers.append(Reader(name, graph.get_in_channels(target), list(item.idxs), roots))
-    root = graph._module2name[handle[0].dep.target.module]
+    root = known[handle[0].dep.target.module]
     unit = max((width // heads[name] for name in layers if name in heads and width % heads[name] == 0), default=1)
     return Group(root, width, unit, layers, tuple(readers), exact, handle)
 
@@ -196,6 +200,8 @@ def _unfit(group: Group, graph: Any, module: torch.nn.Module, calls: Mapping[str
             return f"{name} is shared: forward calls it {calls[name]} times"
         if name in tied:
             return f"{name} is shared: it has its weight in common with {tied[name]}"
+        if not owns_weight(layer):
+            return f"{name} has a weight that is computed from others"
         groups = getattr(layer, "groups", 1)
         if groups > 1 and not groups == layer.in_channels == layer.out_channels:
             return f"{name} is a grouped convolution ({groups} groups), whose channels are bound to their group"
@@ -204,9 +210,9 @@ def _unfit(group: Group, graph: Any, module: torch.nn.Module, calls: Mapping[str
     for item in group.handle.items:
         target = item.dep.target.module
         if isinstance(target, (torch.nn.MultiheadAttention, torch.nn.RNNBase)):
-            return f"{graph._module2name[target]} is a {type(target).__name__}, which holds its weights in one piece"
+            return f"a {type(target).__name__} shares its channels, and holds its weights in one piece"
         if isinstance(target, torch.nn.GroupNorm) and 1 < target.num_groups < target.num_channels:
-            return f"{graph._module2name[target]} is a GroupNorm, whose channels are bound to their group"
+            return f"a GroupNorm of {target.num_groups} groups shares its channels, which are bound to their group"
     return None
 
 
@@ -259,8 +265,8 @@ def _some(group: Group, multiple: int) -> range:
     """Channels from the middle: at the front, a wrong idea of where channels go is more likely to look right."""
     step = math.lcm(group.unit, multiple)
     count = step if step < group.width else group.unit
-    start = group.width // 2 // group.unit * group.unit
-    return range(start, start + count) if start + count <= group.width and count < group.width else range(0)
+    start = min(group.width // 2 // group.unit * group.unit, group.width - count)
+    return range(start, start + count) if count < group.width else range(0)
 
 
 def _unread(module: torch.nn.Module, groups: Sequence[Group], removal: Removal) -> torch.nn.Module:

@@ -25,6 +25,11 @@ def is_weighted(layer: Any) -> bool:
     return isinstance(layer, (torch.nn.modules.conv._ConvNd, torch.nn.Linear))
 
 
+def owns_weight(layer: Any) -> bool:
+    """Whether the weight is a parameter of its own, not what a weight norm or a parametrization makes of others."""
+    return "weight" in layer._parameters
+
+
 def refuse_program(module: torch.nn.Module) -> None:
     """Refuse a module whose layers are no Python objects any more.
 
@@ -73,7 +78,7 @@ def calls_of(module: torch.nn.Module, examples: tuple[torch.Tensor, ...]) -> Cou
     hooks = [
         part.register_forward_pre_hook(lambda *_, name=name: calls.update([name]))
         for name, part in module.named_modules()
-        if not list(part.children())
+        if is_weighted(part) or not list(part.children())
     ]
     try:
         with torch.no_grad():

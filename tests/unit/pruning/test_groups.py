@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from nets import TOKENS, Residual, Transformer, model_of, seeded
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.utils.parametrizations import weight_norm
 
 from optkit.errors import PreconditionError
 from optkit.models import TorchModel
@@ -172,12 +173,13 @@ class Whole(nn.Module):
         (Tied, None, "shared: it has its weight in common with"),
         (lambda: Net(inner=nn.Conv2d(16, 16, 3, padding=1, groups=4)), "first", r"inner is a grouped .*\(4 groups\)"),
         (lambda: Net(inner=nn.Conv2d(16, 32, 1, groups=16)), "first", r"inner is a grouped convolution \(16 groups\)"),
-        (lambda: Net(inner=nn.GroupNorm(4, 16)), "first", "inner is a GroupNorm"),
+        (lambda: Net(inner=nn.GroupNorm(4, 16)), "first", "a GroupNorm of 4 groups shares its channels"),
         (Sized, "first", "forward does not run with fewer channels: RuntimeError: shape"),
         (Shuffled, "first", "forward mixes or rearranges its channels"),
+        (lambda: Net(inner=weight_norm(nn.Conv2d(16, 16, 1))), "inner", "inner has a weight that is computed from"),
         (lambda: Unused(inner=nn.Conv2d(16, 16, 1)), "inner", "the output does not depend on it"),
     ],
-    ids=["shared", "tied", "grouped", "multiplier", "group_norm", "sized", "shuffled", "unused"],
+    ids=["shared", "tied", "grouped", "multiplier", "group_norm", "sized", "shuffled", "computed", "unused"],
 )
 def test_what_cannot_be_pruned_is_refused_by_name(make: Callable[[], nn.Module], root: str | None, message: str):
     module = seeded(make)
@@ -193,7 +195,7 @@ def test_what_cannot_be_pruned_is_refused_by_name(make: Callable[[], nn.Module],
     ("make", "root", "message"),
     [
         (Fused, "qkv", "forward cuts its output into parts whose channels are bound to each other"),
-        (Whole, "embed", "attention is a MultiheadAttention, which holds its weights in one piece"),
+        (Whole, "embed", "a MultiheadAttention shares its channels, and holds its weights in one piece"),
     ],
 )
 def test_attention_in_one_piece_is_refused(make: Callable[[], nn.Module], root: str, message: str):
@@ -220,7 +222,14 @@ def test_a_pattern_that_matches_nothing_is_an_error():
         groups_of(RESIDUAL, skip=("iner",))
 
 
-def test_a_forward_that_cannot_be_traced_says_so():
+@pytest.mark.parametrize("multiple", [1, 7, 8, 10, 15])
+def test_every_group_is_proved_whatever_the_multiple(multiple: int):
+    """Widths of 16 with multiples that do not fit twice: the channels shuffled behind it must still be noticed."""
+    found, refused = groups_of(model_of(seeded(lambda: Shuffled(inner=nn.Identity()))), multiple=multiple)
+    assert not found and "first" in refused
+
+
+def test_what_the_output_does_not_depend_on_is_left_alone():
     class Detached(Net):
         def middle(self, x: torch.Tensor) -> torch.Tensor:
             return x.detach()

@@ -343,6 +343,19 @@ def test_only_slow_loops_get_a_bar(threshold, drawn, monkeypatch):
     assert ("ETA" in sys.stderr.getvalue()) is drawn
 
 
+def test_a_bar_may_say_how_far_it_is(monkeypatch):
+    monkeypatch.setattr(cli, "BAR_AFTER_SECONDS", 0.0)
+    monkeypatch.setattr(sys, "stderr", FakeTerminal())
+    monkeypatch.setenv("TERM", "xterm")
+    losses: list[float] = []
+    with Terminal().progress() as progress:
+        for loss in progress([0.25, 0.125], lambda: f"loss {losses[-1:]}"):
+            losses.append(loss)
+            time.sleep(0.3)
+    assert "loss []" in sys.stderr.getvalue()
+    assert "loss [0.25]" in sys.stderr.getvalue()
+
+
 @pytest.mark.parametrize("terminal", [Terminal(), Terminal(quiet=True)])
 def test_no_bars_without_a_terminal_or_when_quiet(terminal, monkeypatch):
     stream = FakeTerminal() if terminal.quiet else io.StringIO()

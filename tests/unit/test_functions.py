@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from optkit.errors import CheckpointError, DataError
-from optkit.functions import find_function
+from optkit.functions import absolute, find_function
 
 
 def test_a_function_imports_its_neighbours_early_and_late(tmp_path: Path) -> None:
@@ -74,3 +74,9 @@ def test_what_cannot_be_found_or_imported(reference: str, message: str, tmp_path
 def test_the_caller_says_what_it_is_and_what_to_raise(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"^factory 'net\.py:make': there is no file"):
         find_function("net.py:make", tmp_path, role="factory", error=CheckpointError)
+
+
+def test_a_reference_to_a_file_is_resolved_and_one_to_a_module_is_not(tmp_path: Path) -> None:
+    assert absolute("net.py:make", tmp_path) == f"{tmp_path / 'net.py'}:make"
+    assert absolute("/somewhere/net.py:make", tmp_path) == "/somewhere/net.py:make"
+    assert absolute("package.net:make", tmp_path) == "package.net:make"

@@ -23,7 +23,7 @@ from optkit.failures import reason
 from optkit.journal import collected_warnings
 from optkit.models import DimRange, OnnxModel, Signature, TorchModel
 from optkit.passes.quantize_int8 import QuantizeInt8
-from optkit.pipeline import Stage, run_passes
+from optkit.pipeline import Stage, run_passes, with_original
 from optkit.quantize.linter import Finding, is_quantized
 from optkit.quantize.linter import lint as judge_pairs
 from optkit.quantize.placement import name_nodes
@@ -93,6 +93,7 @@ def compile(
         scratch.mkdir()
         resume = out.with_name(f"{out.name}.resume")
         context = Context(recipe.target, scratch, data, recipe.seed, threads, progress, resume=resume)
+        context = with_original(context, start)
         judging = replace(context, data=data or random_data(start.signature, recipe.seed))
 
         stages = run_passes(recipe.passes, start, context)

@@ -12,7 +12,7 @@ import numpy as np
 
 if TYPE_CHECKING:
     from optkit.data import Data
-    from optkit.models import TorchModel
+    from optkit.models import OnnxModel, TorchModel
     from optkit.targets.base import Target
 
 T = TypeVar("T")
@@ -46,6 +46,7 @@ class Context:
         threads: intra-op threads of whatever runs on the CPU.
         progress: wraps long loops.
         original: the PyTorch model that came into the pipeline, which no pass changes: the teacher of those that train.
+        original_onnx: the ONNX model that came into the pipeline, where it was one.
         resume: a folder that outlives the process, for what an interrupted training needs to go on; it need not exist.
     """
 
@@ -56,6 +57,7 @@ class Context:
     threads: int = 1
     progress: Progress = silent
     original: TorchModel | None = None
+    original_onnx: OnnxModel | None = None
     resume: Path | None = None
 
     def rng(self, purpose: str) -> np.random.Generator:

@@ -59,8 +59,7 @@ def run_passes(passes: Sequence[Pass[Any, Any]], model: Model, context: Context)
             f"{left_out[0]} takes {_KIND['torch']}, but the checkpoint is {_KIND[kind_of(model)]}: hand over the "
             f"PyTorch checkpoint, or drop {', '.join(left_out)} from the recipe"
         )
-    if isinstance(model, TorchModel) and context.original is None:
-        context = replace(context, original=model)
+    context = with_original(context, model)
     for step in context.progress(passes[entry:], "passes"):
         start = time.perf_counter()
         after = _run(step, stages, context)
@@ -68,6 +67,15 @@ def run_passes(passes: Sequence[Pass[Any, Any]], model: Model, context: Context)
         log.info("%s: %.2f s%s", step.use, seconds, " (nothing to do)" if after is stages[-1].model else "")
         stages.append(Stage(step.use, after, seconds))
     return tuple(stages)
+
+
+def with_original(context: Context, model: Model) -> Context:
+    """The context with the model that comes in, unless it knows one from further up the pipeline."""
+    if context.original is not None or context.original_onnx is not None:
+        return context
+    if isinstance(model, TorchModel):
+        return replace(context, original=model)
+    return replace(context, original_onnx=model) if isinstance(model, OnnxModel) else context
 
 
 def _run(step: Pass[Any, Any], stages: Sequence[Stage], context: Context) -> Model:

@@ -13,6 +13,7 @@ from optkit.passes.cast_bf16 import CastBf16
 from optkit.passes.cast_fp16 import CastFp16
 from optkit.passes.distill import Distill
 from optkit.passes.export_onnx import ExportOnnx
+from optkit.passes.finetune_int8 import FinetuneInt8
 from optkit.passes.optimize_graph import STEPS, OptimizeGraph
 from optkit.passes.prune_channels import PruneChannels
 from optkit.passes.prune_weights import PruneWeights
@@ -28,6 +29,7 @@ BUILT_IN: tuple[type[Pass[Any, Any]], ...] = (
     CastFp16,
     CastBf16,
     QuantizeInt8,
+    FinetuneInt8,
     BuildEngine,
 )
 

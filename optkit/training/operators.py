@@ -106,7 +106,8 @@ def _average_pool(a: Attributes, x: Tensor) -> Tensor:
     if a.get("count_include_pad", 0):
         return means
     there = F.pad(torch.ones_like(x[:1, :1]), _torch_pads(begins, ends))
-    return means / run(there, kernel, strides, 0, ceil)
+    share: Tensor = run(there, kernel, strides, 0, ceil)
+    return means / share
 
 
 def _window(a: Attributes, x: Tensor) -> tuple[list[int], list[int], list[int], list[int], list[int]]:
@@ -236,7 +237,7 @@ def _unsqueeze(a: Attributes, x: Tensor, axes: Tensor) -> Tensor:
 
 def _split(a: Attributes, x: Tensor, sizes: Tensor | None = None) -> tuple[Tensor, ...]:
     axis, size = a.get("axis", 0), x.shape[a.get("axis", 0)]
-    return x.split(numbers(sizes) if sizes is not None else math.ceil(size / a["num_outputs"]), axis)
+    return torch.split(x, numbers(sizes) if sizes is not None else math.ceil(size / a["num_outputs"]), axis)
 
 
 def _slice(
@@ -271,7 +272,8 @@ def _gather_nd(a: Attributes, x: Tensor, indices: Tensor) -> Tensor:
         torch.arange(size, device=x.device).reshape([-1] + [1] * (len(shape) - axis - 1)).expand(shape)
         for axis, size in enumerate(shape[:batch])
     ]
-    return x[(*each, *indices.unbind(-1))]
+    where = (*each, *indices.unbind(-1))
+    return x[where]
 
 
 def _from_front(indices: Tensor, size: int) -> Tensor:
@@ -279,16 +281,15 @@ def _from_front(indices: Tensor, size: int) -> Tensor:
 
 
 def _expand(a: Attributes, x: Tensor, shape: Tensor) -> Tensor:
-    return x.expand(torch.broadcast_shapes(x.shape, numbers(shape)))
+    both = torch.broadcast_shapes(x.shape, numbers(shape))  # type: ignore[no-untyped-call]
+    return x.expand(both)
 
 
 def _tile(a: Attributes, x: Tensor, repeats: Tensor) -> Tensor:
     return x.repeat(numbers(repeats))
 
 
-def _pad(
-    a: Attributes, x: Tensor, pads: Tensor, value: Tensor | None = None, axes: Tensor | None = None
-) -> Tensor:
+def _pad(a: Attributes, x: Tensor, pads: Tensor, value: Tensor | None = None, axes: Tensor | None = None) -> Tensor:
     given, along = numbers(pads), range(x.ndim) if axes is None else numbers(axes)
     begins, ends = [0] * x.ndim, [0] * x.ndim
     for axis, begin, end in zip(along, given[: len(along)], given[len(along) :], strict=True):
@@ -470,7 +471,7 @@ ON_CPU: Mapping[str, frozenset[int]] = {
     "Tile": frozenset({1}),
     "Trilu": frozenset({1}),
     "Unsqueeze": frozenset({1}),
-} | {f"Reduce{how}": frozenset({1}) for how in "L1 L2 LogSumExp Max Mean Min Prod Sum SumSquare".split()}
+} | dict.fromkeys((name for name in OPERATORS if name.startswith("Reduce")), frozenset({1}))
 """Inputs that are read as numbers, so a GPU must not be waited for."""
 
 

@@ -12,6 +12,7 @@ from optkit.errors import OptkitError
 from optkit.models import Engine, OnnxModel
 from optkit.passes.build_engine import BuildEngine
 from optkit.passes.cast_fp16 import CastFp16
+from optkit.passes.finetune_int8 import FinetuneInt8
 from optkit.passes.float_cast import FloatCast
 from optkit.passes.quantize_int8 import QuantizeInt8
 from optkit.pipeline import Stage, run_passes
@@ -110,7 +111,8 @@ def build_twin(stages: Sequence[Stage], recipe: Recipe, context: Context) -> Twi
 
 
 def twin_passes(recipe: Recipe, after: Sequence[AnyPass]) -> tuple[AnyPass, ...]:
-    """What follows ``quantize_int8``, with a cast to FP16 before the build if the target computes in it."""
+    """What follows ``quantize_int8`` but fine-tuning; before the build a cast to FP16 if the target computes in it."""
+    after = [step for step in after if not isinstance(step, FinetuneInt8)]
     halves = "float16" in recipe.target.dialect.floats
     if not halves or any(isinstance(step, FloatCast) for step in recipe.passes):
         return tuple(after)

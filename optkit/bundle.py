@@ -29,9 +29,10 @@ from pydantic import TypeAdapter, ValidationError
 
 import optkit
 from optkit.errors import OptkitError, OutputError, UsageError
-from optkit.models import Engine, Feeds, OnnxModel, Signature
+from optkit.models import Engine, OnnxModel, Signature
 from optkit.recipe import Recipe
 from optkit.report.text import render
+from optkit.targets.arrays import as_numpy, lies_on_gpu
 from optkit.targets.base import quote
 from optkit.targets.cpu import recorded_cpu, this_cpu
 
@@ -105,12 +106,17 @@ class Bundle:
         """Run the engine.
 
         Args:
-            inputs: one mapping of arrays by name, or the arrays in the order of the signature; anything that NumPy
-                can view (NumPy arrays, CPU tensors). Shapes and dtypes are those of ``signature``.
+            inputs: one mapping of arrays by name, or the arrays in the order of the signature: NumPy arrays, CPU
+                tensors, whatever has ``__dlpack__``, and, where the engine runs on a GPU, what lies there and has
+                ``__cuda_array_interface__`` (it is copied). Shapes and dtypes are those of ``signature``.
             named: arrays by name.
 
         Returns:
-            The outputs by name.
+            The outputs by name, as NumPy arrays, which speak DLPack too.
+
+        Raises:
+            UsageError: an input is missing, unknown, no array, not of the signature's dtype and shape, or lies on a GPU
+                and the engine does not.
         """
         names = [spec.name for spec in self.signature.inputs]
         if len(inputs) == 1 and isinstance(inputs[0], Mapping):
@@ -119,8 +125,9 @@ class Bundle:
             feeds = dict(zip(names, inputs, strict=False))
         else:
             raise UsageError(f"the model has {len(names)} inputs ({', '.join(names)}), not {len(inputs)}")
-        arrays: Feeds = {name: np.asarray(value) for name, value in {**feeds, **named}.items()}
-        return self.runner.run(arrays)
+        given = {**feeds, **named}
+        # What lies on a GPU is the runner's business: one on the CPU refuses it
+        return self.runner.run({n: value if lies_on_gpu(value) else as_numpy(value, n) for n, value in given.items()})
 
 
 def is_bundle(path: Path) -> bool:

@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict
 from optkit.context import Context
 from optkit.errors import UsageError, did_you_mean
 from optkit.models import Engine, Feeds, OnnxModel, Signature
+from optkit.targets.arrays import lies_on_gpu
 
 
 @dataclass(frozen=True)
@@ -212,6 +213,8 @@ def check_feeds(signature: Signature, feeds: Feeds) -> None:
         if spec.name not in feeds:
             raise UsageError(f"input {spec.name!r} is missing: the model takes {quote(known)}")
         array = feeds[spec.name]
+        if not isinstance(array, np.ndarray):
+            raise UsageError(f"input {spec.name!r}: {_foreign(array)}")
         if array.dtype.name != spec.dtype or array.ndim != len(spec.shape):
             raise UsageError(f"input {spec.name!r}: {spec} is wanted, not {_described(array)}")
         for dim, size in zip(spec.shape, array.shape, strict=True):
@@ -219,6 +222,15 @@ def check_feeds(signature: Signature, feeds: Feeds) -> None:
             if size != wanted:
                 why = f", and {dim} is {wanted} in {origin!r}" if origin != spec.name else ""
                 raise UsageError(f"input {spec.name!r}: {spec} is wanted, not {_described(array)}{why}")
+
+
+def _foreign(value: Any) -> str:
+    if lies_on_gpu(value):
+        return (
+            "it lies on a GPU, and this engine runs on the CPU: hand over a copy in host memory, as x.cpu() in PyTorch "
+            "or x.get() in CuPy and PyCUDA"
+        )
+    return f"a {type(value).__name__} is no NumPy array: hand over numpy.asarray of it"
 
 
 def _described(array: np.ndarray[Any, Any]) -> str:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +20,7 @@ LIBRARY = "nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1"
 NVML = "nvml.dll" if sys.platform == "win32" else "libnvidia-ml.so.1"
 
 _NAME_BYTES = 256
+_POINTER_CONTEXT, _POINTER_DEVICE = 1, 9  # CU_POINTER_ATTRIBUTE_CONTEXT, _DEVICE_ORDINAL
 _CAPABILITY_MAJOR, _CAPABILITY_MINOR = 75, 76  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_*
 
 
@@ -81,27 +83,55 @@ def clocks() -> dict[str, int]:
     return found
 
 
-def to_host(described: Mapping[str, Any]) -> np.ndarray[Any, Any]:
+def to_host(described: Mapping[str, Any], library: str = LIBRARY) -> np.ndarray[Any, Any]:
     """A copy of an array that lies on a GPU, as its ``__cuda_array_interface__`` describes it.
 
     Raises:
-        UsageError: its elements do not lie one after the other in C order, or it is not where it says.
+        UsageError: its elements do not lie one after the other in C order, or it is not where it says it is.
     """
     import numpy as np
 
     array = np.empty(described["shape"], described["typestr"])
     if described.get("strides") not in (None, array.strides):
         raise UsageError("an array on the GPU must lie in C order: make it contiguous")
-    driver = ctypes.CDLL(LIBRARY)
-    context = ctypes.c_void_p()
-    driver.cuInit(0)
-    driver.cuDevicePrimaryCtxRetain(ctypes.byref(context), 0)
-    driver.cuCtxSetCurrent(context)
-    pointer = ctypes.c_uint64(described["data"][0])
-    code = driver.cuMemcpyDtoH_v2(array.ctypes.data_as(ctypes.c_void_p), pointer, ctypes.c_size_t(array.nbytes))
-    if code != 0 and array.nbytes:
+    if not array.nbytes:
+        return array
+    try:
+        driver = ctypes.CDLL(library)
+    except OSError as error:
+        raise UsageError(f"it lies on a GPU, and there is no NVIDIA driver ({library} cannot be loaded)") from error
+    pointer, stream = ctypes.c_uint64(described["data"][0]), described.get("stream")
+    with _context_of(driver, pointer):
+        # PyTorch names no stream: whatever works on the array in its context must have ended
+        code = driver.cuCtxSynchronize() if stream is None else driver.cuStreamSynchronize(ctypes.c_void_p(stream))
+        if code == 0:
+            code = driver.cuMemcpyDtoH_v2(array.ctypes.data_as(ctypes.c_void_p), pointer, ctypes.c_size_t(array.nbytes))
+    if code != 0:
         raise UsageError(f"an array on the GPU cannot be read ({_error_name(driver, code)})")
     return array
+
+
+@contextlib.contextmanager
+def _context_of(driver: Any, pointer: ctypes.c_uint64) -> Iterator[None]:
+    """Make the context current that a pointer belongs to, and afterwards again what the caller had.
+
+    PyCUDA makes a context of its own; PyTorch, CuPy and the CUDA runtime share the device's primary one. Memory from a
+    pool belongs to none: then it is that of the pointer's device.
+    """
+    context, device = ctypes.c_void_p(), ctypes.c_int()
+    driver.cuInit(0)
+    driver.cuPointerGetAttribute(ctypes.byref(context), _POINTER_CONTEXT, pointer)
+    retained = not context.value
+    if retained:
+        driver.cuPointerGetAttribute(ctypes.byref(device), _POINTER_DEVICE, pointer)
+        driver.cuDevicePrimaryCtxRetain(ctypes.byref(context), device)
+    driver.cuCtxPushCurrent_v2(context)
+    try:
+        yield
+    finally:
+        driver.cuCtxPopCurrent_v2(ctypes.byref(ctypes.c_void_p()))
+        if retained:
+            driver.cuDevicePrimaryCtxRelease_v2(device)
 
 
 def _driver_version() -> str:

@@ -12,6 +12,7 @@ from optkit.context import Context
 from optkit.errors import PassError, UnavailableError, UsageError
 from optkit.models import Engine, Feeds, OnnxModel
 from optkit.targets import cuda
+from optkit.targets.arrays import on_host
 from optkit.targets.base import Availability, Dialect, Environment, Target, check_feeds
 from optkit.targets.worker.gpu import Cuda
 
@@ -36,21 +37,23 @@ class OrtCudaRunner:
         self._laid_out: Any = None
 
     def run(self, feeds: Feeds) -> dict[str, np.ndarray[Any, Any]]:
-        """Outputs by name for one batch of feeds, NumPy arrays in and out.
+        """Outputs by name for one batch of feeds; what lies on the GPU is copied from there.
 
         Raises:
             UsageError: a feed is missing, unknown, or not of the signature's dtype and shape.
             PassError: ONNX Runtime failed to run the model.
         """
+        feeds = on_host(feeds)
         check_feeds(self.signature, feeds)
         try:
-            outputs = self._session.run(None, dict(feeds), _run_options(graph=-1, synchronize=True))
+            outputs = self._session.run(None, feeds, _run_options(graph=-1, synchronize=True))
         except Exception as error:
             raise PassError(f"ONNX Runtime failed to run the model on the GPU: {error}") from error
         return dict(zip(self._outputs, outputs, strict=True))
 
     def time(self, feeds: Feeds, rounds: int) -> np.ndarray[Any, Any]:
         """Seconds of each of ``rounds`` calls, on inputs and outputs that lie on the GPU."""
+        feeds = on_host(feeds)
         check_feeds(self.signature, feeds)
         self._lay_out(feeds)
         events = [(self._driver.event(), self._driver.event()) for _ in range(rounds)]

@@ -10,6 +10,7 @@ import numpy as np
 from optkit.errors import PassError, UnavailableError, UsageError
 from optkit.models import Engine, Feeds, OnnxModel
 from optkit.targets import cuda
+from optkit.targets.arrays import on_host
 from optkit.targets.base import Environment, check_feeds
 from optkit.targets.engine_layers import nodes_of_layers
 from optkit.targets.profiling import LayerTime
@@ -55,20 +56,20 @@ class TensorRtRunner:
             UsageError: a feed is missing, unknown, or not of the signature's dtype and shape.
             PassError: TensorRT failed to run the engine.
         """
-        reply = self._ask("run", _on_host(feeds))
+        reply = self._ask("run", on_host(feeds))
         given = reply["arrays"]
         return {spec.name: _typed(given[spec.name], spec.dtype) for spec in self.signature.outputs}
 
     def time(self, feeds: Feeds, rounds: int, transfers: bool = False) -> np.ndarray[Any, Any]:
         """Seconds on the GPU of each of ``rounds`` calls; with ``transfers``, copies to and from pinned memory too."""
-        reply = self._ask("time", _on_host(feeds), rounds=rounds, transfers=transfers)
+        reply = self._ask("time", on_host(feeds), rounds=rounds, transfers=transfers)
         self.environment.settings.update(reply["settings"], clocks_mhz=cuda.clocks())
         samples: np.ndarray[Any, Any] = reply["arrays"]["seconds"]
         return samples
 
     def profile(self, feeds: Feeds, rounds: int = 50) -> list[dict[str, Any]]:
         """Seconds by layer, slowest first, from runs of their own: TensorRT's profiler slows them down."""
-        layers = self._ask("profile", _on_host(feeds), rounds=rounds)["layers"]
+        layers = self._ask("profile", on_host(feeds), rounds=rounds)["layers"]
         return sorted(layers, key=lambda layer: -layer["seconds"])
 
     def close(self) -> None:
@@ -119,28 +120,6 @@ def _failure(reply: Mapping[str, Any], log: str) -> PassError | UsageError:
     if reply.get("out_of_memory"):
         return PassError(f"TensorRT: {reply['text']}: use a smaller batch, or free memory on the GPU")
     return PassError(f"TensorRT failed to run the engine: {reply['text']}" + (f"\n{log}" if log else ""))
-
-
-def _on_host(feeds: Feeds) -> dict[str, np.ndarray[Any, Any]]:
-    return {name: as_numpy(value) for name, value in feeds.items()}
-
-
-def as_numpy(value: Any) -> np.ndarray[Any, Any]:
-    """An array of anything: what lies on a GPU is copied from there.
-
-    Raises:
-        UsageError: it is no array.
-    """
-    if isinstance(value, np.ndarray):
-        return value
-    if hasattr(value, "__cuda_array_interface__"):
-        return cuda.to_host(value.__cuda_array_interface__)
-    if hasattr(value, "__dlpack__"):
-        return np.from_dlpack(value)
-    array = np.asarray(value)
-    if array.dtype == object:
-        raise UsageError(f"a {type(value).__name__} is no array: hand over NumPy, DLPack or __cuda_array_interface__")
-    return array
 
 
 def _typed(array: np.ndarray[Any, Any], dtype: str) -> np.ndarray[Any, Any]:

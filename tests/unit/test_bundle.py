@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -61,6 +62,23 @@ def test_runs_arrays_by_position_by_name_and_as_a_mapping(written: Bundle):
         np.testing.assert_array_equal(outputs["z"], np.zeros((3, 4), np.float32))
     with pytest.raises(UsageError, match=r"has 2 inputs \(x, y\), not 3"):
         written(x, x, x)
+
+
+def test_takes_arrays_of_other_libraries_and_gives_what_they_take(written: Bundle):
+    torch = pytest.importorskip("torch")
+    x = torch.ones((3, 4), requires_grad=True)
+    for y in (torch.ones((3, 4)), np.ones((3, 4), np.float32)):
+        outputs = written(x, y)
+        assert torch.equal(torch.from_dlpack(outputs["z"]), torch.full((3, 4), 2.0))
+
+
+def test_an_array_on_a_gpu_is_refused_by_an_engine_on_the_cpu(written: Bundle):
+    described = {"shape": (1, 4), "typestr": "<f4", "data": (8, False), "version": 3}
+    on_gpu = SimpleNamespace(__cuda_array_interface__=described)
+    with pytest.raises(UsageError, match="input 'y': it lies on a GPU, and this engine runs on the CPU"):
+        written(np.ones((1, 4), np.float32), on_gpu)
+    with pytest.raises(UsageError, match="input 'y': a object is no array"):
+        written(np.ones((1, 4), np.float32), object())
 
 
 def test_verify_accepts_what_was_written(written: Bundle):

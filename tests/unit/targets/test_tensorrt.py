@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import numpy as np
 import pytest
 from pydantic import ValidationError
 
@@ -10,7 +9,6 @@ from optkit.targets import engine_layers
 from optkit.targets.onnxruntime_cuda import OnnxRuntimeCudaTarget
 from optkit.targets.tensorrt import TensorRtTarget
 from optkit.targets.tensorrt_plan import profiles
-from optkit.targets.tensorrt_runner import as_numpy
 
 QDQ = """
 g (float[1,4] x, int8[4,4] w) => (float[1,4] y) <float s = {0.1}, int8 z = {0}> {
@@ -103,11 +101,3 @@ def test_refuses_options_that_do_not_exist():
 def test_says_what_is_missing_where_it_cannot_run(target):
     availability = target.can_run()
     assert availability.ok or (availability.reason and availability.mend)
-
-
-def test_takes_what_numpy_can_view():
-    torch = pytest.importorskip("torch")
-    np.testing.assert_array_equal(as_numpy(torch.arange(3)), [0, 1, 2])
-    assert as_numpy([1.0, 2.0]).shape == (2,)
-    with pytest.raises(UsageError, match="a object is no array"):
-        as_numpy(object())

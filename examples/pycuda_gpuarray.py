@@ -1,0 +1,37 @@
+"""Hands PyCUDA's arrays to an engine, and its outputs back to PyCUDA.
+
+    pip install 'optkit[gpu,pycuda]'
+    optkit compile model.pt2 --precision fp16 --target tensorrt --out bundle
+    python examples/pycuda_gpuarray.py bundle
+
+Not run so far: no machine with a GPU and PyCUDA was at hand. ``tests/gpu`` runs it where there is one.
+
+An engine takes whatever has ``__cuda_array_interface__`` (PyCUDA, CuPy, PyTorch). TensorRT runs in a process of its
+own, so inputs are copied to it through host memory: this is a convenience, not zero-copy.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import numpy as np
+
+import optkit
+
+
+def run(path: str) -> dict[str, Any]:
+    """The outputs of a bundle's engine for random inputs, on the GPU again."""
+    import pycuda.autoinit  # noqa: F401 (makes the context that the arrays below belong to)
+    from pycuda import gpuarray
+
+    bundle = optkit.load(path)
+    feeds = bundle.signature.random_feeds(np.random.default_rng(0))
+    on_gpu = {name: gpuarray.to_gpu(array) for name, array in feeds.items()}
+    outputs = bundle(on_gpu)
+    return {name: gpuarray.to_gpu(np.ascontiguousarray(array)) for name, array in outputs.items()}
+
+
+if __name__ == "__main__":
+    for name, array in run(sys.argv[1]).items():
+        print(f"{name}: {array.dtype}{list(array.shape)} on the GPU, sum {float(array.get().sum()):g}")

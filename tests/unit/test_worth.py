@@ -51,7 +51,13 @@ def with_data(context, array_data) -> Context:
     return replace(context, data=array_data({"x": np.random.default_rng(1).standard_normal((BATCH, 1024)).astype("f")}))
 
 
-STEP = {"use": "quantize_int8", "smooth": False, "correct_bias": False, "calibrate": {"method": "max"}}
+STEP = {
+    "use": "quantize_int8",
+    "activations": "static",
+    "smooth": False,
+    "correct_bias": False,
+    "calibrate": {"method": "max"},
+}
 
 
 @pytest.fixture

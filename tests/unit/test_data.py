@@ -178,6 +178,15 @@ def test_a_stream_gives_training_samples_in_its_own_order_and_skips_alike(folder
     assert [int(batch.feeds["x"][0, 0]) for batch in samples.batches(positions, 1, skip=2)] == rows[2:]
 
 
+@pytest.mark.parametrize("training", [{"rows": [30, 40]}, {"count": 31}])
+def test_training_without_rows_of_its_own_is_refused(folder: Path, training: Any) -> None:
+    splits = {"calibration": {"count": 4, "rows": [0, 20]}, "validation": {"rows": [30, 40]}, "training": training}
+    with pytest.raises(
+        DataError, match=r"training wants \d+ of the rows .* lower splits\.training\.count or splits\.val"
+    ):
+        open_data(write(folder, splits=splits)).training()
+
+
 def test_training_files_are_looked_for_when_something_is_trained(folder: Path) -> None:
     splits = {"calibration": {"count": 4}, "training": {"source": {"kind": "npz", "path": "none.npz"}}}
     data = open_data(write(folder, splits=splits))

@@ -52,8 +52,8 @@ class QuantizeInt8(OnnxPass):
     use: Literal["quantize_int8"] = "quantize_int8"
     activations: Annotated[Literal["auto", "static", "dynamic"], Tunable()] = "auto"
     """``static``: calibration finds the ranges of activations, and Q/DQ pairs hold them. ``dynamic``: products and
-    LSTMs find them at each call; convolutions stay in float, and no data is needed. ``auto``: static, and dynamic for
-    LSTMs, which have no other INT8."""
+    LSTMs find them at each call; convolutions stay in float, and no data is needed. ``auto``: where the target can,
+    dynamic for LSTMs and for products that read float, and static for the rest."""
     calibrate: Calibration = Calibration()
     """How the ranges of activations are found."""
     weights: Annotated[WeightMethod, Tunable()] = "max"
@@ -252,8 +252,8 @@ class QuantizeInt8(OnnxPass):
                 f"the target {context.target.name!r} has no kernels that find ranges at each call: "
                 "leave `activations` out of quantize_int8, or choose another target"
             )
-        # The first rule that decides has the last word: dynamic ones get what static ones have no kernel for
-        rules = {"static": policy.rules, "dynamic": policy.dynamic, "auto": policy.rules + policy.dynamic}
+        # The first rule that decides has the last word; dynamic ones decline what reads INT8 already
+        rules = {"static": policy.rules, "dynamic": policy.dynamic, "auto": policy.dynamic + policy.rules}
         return replace(policy, rules=rules[self.activations])
 
     def _data(self, context: Context) -> Data | None:

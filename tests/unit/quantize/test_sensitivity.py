@@ -32,7 +32,7 @@ class Wants(OnnxRuntimeTarget):
 
 def rank(model, policy, context, exclude=()):
     """The ranking of plain calibration."""
-    step = QuantizeInt8(calibrate=QUICK, smooth=False, exclude=tuple(exclude))
+    step = QuantizeInt8(activations="static", calibrate=QUICK, smooth=False, exclude=tuple(exclude))
     context = replace(context, target=Wants(policy=policy))
     step.requires(model, context)
     return sensitivity(step.calibrated(model, context), context, exclude)

@@ -3,8 +3,8 @@
     python benchmarks/prune/distill.py [--train-samples N] [--epochs 2] [--samples 10000] [--rows NAME ...]
 
 Accuracy is top-1 in PyTorch on the test images, which neither pruning nor training sees; a tenth of the training
-samples is held out and chooses the epoch. The original teaches, with the weights of the loss that `distill` has by default.
-Writes ``distill.json`` into --out.
+samples is held out and chooses the epoch. The original teaches, with the weights of the loss that `distill` has by
+default. Writes ``distill.json`` into --out.
 """
 
 from __future__ import annotations

@@ -60,9 +60,15 @@ def weigh(attempt: Attempt, twin: Twin | NoTwin | None, context: Context, judge:
     weighed, wanted = _Weighed.of(attempt, twin, context), attempt.recipe.gate.slow_int8
     if weighed.pays is None:
         return _unmeasured(attempt, weighed.document)
-    if weighed.pays or wanted == "report":
+    if weighed.pays:
         return weighed.explained()
+    if wanted == "report":
+        return weighed.explained([f"gate.slow_int8 can give the {twin.name} instead (twin){_rest(weighed.losing)}."])
     return _instead(weighed, judge) if wanted == "twin" else _rolled_back(weighed, context, judge)
+
+
+def _rest(losing: Sequence[str]) -> str:
+    return f", or put {len(losing)} nodes that lose time back into float (rollback)" if losing else ""
 
 
 def _unmeasured(attempt: Attempt, section: Mapping[str, Any]) -> Attempt:

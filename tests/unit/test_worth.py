@@ -137,9 +137,10 @@ def test_int8_that_does_not_pay_is_said_with_its_regions(run, ratio, how):
     found = run([ratio])
     assert section(found)["pays"] is False
     assert found.report.verdict.status == "passed"  # whether that misses the gate is for min_speedup to say
-    (reason,) = found.report.verdict.reasons[1:]
+    reason, hint = found.report.verdict.reasons[1:]
     assert f"INT8 {how} its FP32 twin: {ratio:.2f} times as fast, with 95 % confidence from" in reason
     assert "Regions that do not pay: small (" in reason
+    assert hint.startswith("gate.slow_int8 can give the FP32 twin instead (twin), or put 1 nodes that lose time back")
     regions = {region["name"]: region for region in section(found)["regions"]}
     assert set(regions) == {"large", "small"}
     small = regions["small"]

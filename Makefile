@@ -7,7 +7,7 @@ SETS := digits fashion efficientnet photos minilm bbc
 CONSTRAINTS := .ci/constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check format bench bench-int8 schema data clean
+.PHONY: help demo test check format bench bench-int8 bench-prune schema data clean
 
 help: ## Show what there is to make
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
@@ -49,6 +49,9 @@ bench: data ## Compare with onnxruntime.quantization on the same models, data an
 bench-int8: data ## INT8 beside onnxruntime.quantization, NNCF and ModelOpt: accuracy, speed, cost (hours)
 	$(BIN)/python calibration/fetch.py words vowels --to $(DATA)
 	$(BIN)/python benchmarks/int8/run.py
+
+bench-prune: data ## What pruning loses and gains on ResNet8 without training: 2:4, channels, measured speed
+	$(BIN)/python benchmarks/prune/run.py
 
 schema: $(VENV)/.ready ## Write the JSON schema of recipes for editors
 	$(BIN)/optkit recipe schema > recipes/schema.json

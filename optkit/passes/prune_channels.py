@@ -145,6 +145,8 @@ class PruneChannels(TorchPass):
         inputs = examples(model.signature)
         multiple = self.multiple or context.target.dialect.width_multiple
         groups, kept = prunable_groups(model.module, inputs, self.skip, multiple)
+        for name, why in kept.items():
+            log.debug("%s keeps its width: %s", name, why)
         batches = calibration_batches(model.signature, context, self.samples)
         order = removal_order(
             groups,

@@ -165,6 +165,11 @@ def bench(
     loaded = [recipe if isinstance(recipe, Recipe) else Recipe.load(recipe) for recipe in recipes]
     if not loaded:
         raise UsageError("there is no recipe: name one, or a precision")
+    names = [recipe.name for recipe in loaded]
+    if len(set(names)) < len(names) or len(set(on)) < len(on):
+        raise UsageError(
+            f"each row needs a name of its own, not {', '.join((*names, *on))}: give every recipe a `name`"
+        )
     first = loaded[0]
     source = model or first.model.checkpoint
     if source is None:

@@ -368,9 +368,12 @@ def _check_sums(bundle: Bundle) -> list[Problem]:
     """
     from optkit.quantize.linter import lint
 
+    cpu = recorded_cpu(bundle.engine.records)
+    if cpu is None or cpu.saturates_int8:
+        return []
     target = bundle.recipe.target
-    policy, cpu = target.dialect.int8, recorded_cpu(bundle.engine.records)
-    if policy is None or not policy.sums_in_16_bits or cpu is None or cpu.saturates_int8:
+    policy = target.dialect.int8
+    if policy is None or not policy.sums_in_16_bits:
         return []
     found = [one.node for one in lint(read_onnx(bundle), policy) if one.rule == _OVERFLOW]
     if not found:

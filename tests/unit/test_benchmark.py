@@ -138,6 +138,8 @@ def test_a_batch_that_the_file_rules_out_is_refused(tmp_path):
         ({"on": ("tensort",)}, UsageError, "nothing called 'tensort' to run on: did you mean 'tensorrt'"),
         ({"batches": (0,)}, UsageError, "a batch has at least one sample, not 0"),
         ({"recipes": ()}, UsageError, "there is no recipe"),
+        ({"recipes": ("fp32", "fp32")}, UsageError, "needs a name of its own, not fp32, fp32, torch"),
+        ({"on": ("torch", "torch")}, UsageError, "needs a name of its own"),
         ({"recipes": ("fp23",)}, RecipeError, "did you mean 'fp32'"),
         ({"model": None}, UsageError, "there is no model"),
     ],

@@ -31,7 +31,7 @@ from optkit.quantize.qdq import Quantization, quantize_weights, write
 from optkit.quantize.ranges import Ranges, digest, load
 from optkit.quantize.rounding import round_weights
 from optkit.quantize.samples import batch_size, calibration_batches
-from optkit.quantize.scales import WeightMethod
+from optkit.quantize.scales import RangeMethod, WeightMethod
 from optkit.quantize.smooth_quant import smooth
 from optkit.quantize.trial import Trial, keep_better
 from optkit.targets.base import Int8Policy, quote
@@ -128,7 +128,15 @@ class QuantizeInt8(OnnxPass):
             batches = context.progress(itertools.chain(ahead, stream), "calibrating")
             statistics = observe(named, placement.observed, batches, context.threads)
             quantization, ranking = choose(
-                named, placement, statistics, policy, self.calibrate, self.weights, held_out, context.threads
+                named,
+                placement,
+                statistics,
+                policy,
+                self.calibrate,
+                self.weights,
+                held_out,
+                self.correct_bias,
+                context.threads,
             )
             ranges = Ranges(origin, samples.observed, ranking, quantization.activations)
         return Calibrated(named, policy, quantization, ranges, samples.first, held_out, trials)
@@ -187,9 +195,14 @@ class QuantizeInt8(OnnxPass):
         def error(candidate: OnnxModel) -> float:
             places = place(candidate, policy, self.exclude)
             statistics = observe(candidate, places.observed, samples.first, context.threads)
-            activations = scales(places, statistics, policy, "max")
-            weights = quantize_weights(candidate, places, policy, activations, self.weights)
-            return judge().error(write(candidate, Quantization(places, activations, weights)))
+            measure = judge().scatter if self.correct_bias else judge().error
+
+            def by(method: RangeMethod) -> float:
+                activations = scales(places, statistics, policy, method)
+                weights = quantize_weights(candidate, places, policy, activations, self.weights)
+                return measure(write(candidate, Quantization(places, activations, weights)))
+
+            return min(by("max"), by("mse"))
 
         trials: list[Trial] = []
         for name, step in steps.items():

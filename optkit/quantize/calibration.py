@@ -131,9 +131,12 @@ def choose(
     settings: Calibration,
     weights: WeightMethod,
     held_out: Sequence[Batch],
+    corrects_bias: bool,
     threads: int,
 ) -> tuple[Quantization, dict[str, float]]:
     """The quantization by the method that is asked for, or by one whose outputs are near to the float model's.
+
+    Mean errors of channels do not count where biases will be corrected: they can be most of what sets methods apart.
 
     Returns:
         the quantization, and the SQNR of each method in dB, the chosen one first and then the best; empty if there was
@@ -148,12 +151,13 @@ def choose(
     if len(candidates) == 1:
         return quantization(*candidates[0]), {}
     judge = Judge(model, held_out, policy, threads)
+    measure = judge.scatter if corrects_bias else judge.error
     found: dict[str, Quantization] = {}
     errors: dict[str, float] = {}
     for method, percentile in candidates:
         name = f"{method} {percentile}" if method == "percentile" else method
         found[name] = quantization(method, percentile)
-        errors[name] = judge.error(write(model, found[name]))
+        errors[name] = measure(write(model, found[name]))
         log.debug("calibration by %s: %.2f dB", name, decibels(errors[name]))
     by_sqnr = ranking(errors)
     chosen = least_clipping([(name, by_sqnr[name]) for name in found])

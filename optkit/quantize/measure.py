@@ -17,6 +17,10 @@ if TYPE_CHECKING:
     from optkit.data import Batch
 
 
+_LEAST_MEAN = 16
+"""Of how many values a mean error is taken: that of fewer is mostly noise, and to take it out hides the noise."""
+
+
 def outputs_of(model: OnnxModel, batches: Sequence[Batch], threads: int, optimize: bool = True) -> list[Feeds]:
     """The model's outputs for each batch; ``optimize`` as in ``open_onnx``."""
     with open_onnx(model, threads, optimize) as runner:
@@ -63,6 +67,28 @@ class Judge:
 
     def error(self, quantized: OnnxModel) -> float:
         """The noise to signal ratio of a model's outputs."""
-        return noise_to_signal(
-            self._reference, outputs_of(quantized, self._batches, self._threads, optimize=self._fused)
+        return noise_to_signal(self._reference, self._outputs(quantized))
+
+    def scatter(self, quantized: OnnxModel) -> float:
+        """The same without the mean error of each channel: what remains when biases are corrected, nearly."""
+        return noise_to_signal(self._reference, _unbiased(self._reference, self._outputs(quantized)))
+
+    def _outputs(self, quantized: OnnxModel) -> list[Feeds]:
+        return outputs_of(quantized, self._batches, self._threads, optimize=self._fused)
+
+
+def _unbiased(reference: Sequence[Feeds], outputs: Sequence[Feeds]) -> Sequence[Feeds]:
+    unbiased = [dict(feeds) for feeds in outputs]
+    for name, first in reference[0].items():
+        channels = 1 if first.ndim >= 4 else first.ndim - 1
+        others = tuple(axis for axis in range(first.ndim) if axis != channels)
+        count = sum(feeds[name].size for feeds in reference) / max(first.shape[channels], 1) if first.ndim else 0
+        if count < _LEAST_MEAN or not np.issubdtype(first.dtype, np.floating):
+            continue
+        total = sum(
+            (o[name].astype(np.float64) - r[name]).sum(others, keepdims=True)
+            for r, o in zip(reference, outputs, strict=True)
         )
+        for feeds in unbiased:
+            feeds[name] = feeds[name] - total / count
+    return unbiased

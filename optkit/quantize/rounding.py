@@ -22,7 +22,7 @@ from optkit.models import OnnxModel
 from optkit.quantize.bias_correction import BiasCorrection
 from optkit.quantize.initializers import operand
 from optkit.quantize.placement.draft import Use
-from optkit.quantize.placement.graph import weight_axis
+from optkit.quantize.placement.graph import attribute, weight_axis
 from optkit.quantize.qdq import Quantization, write
 from optkit.quantize.rows import as_table, from_table, rows_read
 from optkit.quantize.saturation import MOST, neighbours
@@ -37,8 +37,9 @@ if TYPE_CHECKING:
 
 Array = np.ndarray[Any, Any]
 
-_ROWS_PER_INPUT = 8
-_LEAST_ROWS, _MOST_ROWS = 512, 4096
+_ROWS, _FEWEST_ROWS = 4096, 512
+_ELEMENTS = 1 << 23
+"""Most elements of X, as long as it has the fewest rows: those of a wide depthwise layer, which needs few."""
 
 _DAMPING = 0.01
 """Share of the mean of H's diagonal that is added to it: inputs that were never seen move no weight."""
@@ -99,8 +100,9 @@ def _readers(written: OnnxModel, quantization: Quantization) -> dict[str, list[i
 
 
 def _enough(node: ir.Node, weight: QuantizedWeight) -> int:
-    inputs = weight.values.size // int(weight.values.shape[weight_axis(node)])
-    return max(_LEAST_ROWS, min(_ROWS_PER_INPUT * inputs, _MOST_ROWS))
+    groups = attribute(node, "group", 1) if node.op_type == "Conv" else 1
+    width = groups * weight.values.size // int(weight.values.shape[weight_axis(node)])
+    return max(_FEWEST_ROWS, min(_ROWS, _ELEMENTS // max(width, 1)))
 
 
 def _store(node: ir.Node, weight: QuantizedWeight) -> None:

@@ -68,7 +68,11 @@ def weigh(attempt: Attempt, twin: Twin | NoTwin | None, context: Context, judge:
 
 
 def _rest(losing: Sequence[str]) -> str:
-    return f", or put {len(losing)} nodes that lose time back into float (rollback)" if losing else ""
+    return f", or put what loses time there, {_nodes(len(losing))}, back into float (rollback)" if losing else ""
+
+
+def _nodes(count: int) -> str:
+    return "1 node" if count == 1 else f"{count} nodes"
 
 
 def _unmeasured(attempt: Attempt, section: Mapping[str, Any]) -> Attempt:
@@ -282,14 +286,14 @@ def _rolled_back(first: _Weighed, context: Context, judge: Judge) -> Attempt:
         why = "To put what loses time back into float was tried (gate.slow_int8), and made nothing faster."
         return first.explained([why], rollbacks=rollbacks)
     back = len(_step(chosen.attempt).exclude) - len(_step(first.attempt).exclude)
-    why = f"{first.facts}, so {back} nodes that lost time went back to float (gate.slow_int8)."
+    why = f"{first.facts}, so {_nodes(back)} that lost time went back to float (gate.slow_int8)."
     return chosen.explained([why], done="rollback", rollbacks=rollbacks)
 
 
 def _again(slow: _Weighed, context: Context, judge: Judge) -> Attempt:
     """Run the rest of the pipeline anew with what loses time left out of INT8."""
     recipe, stages = slow.attempt.recipe, slow.attempt.stages
-    log.warning("%s: %d nodes that lose time go back to float", slow.facts, len(slow.losing))
+    log.warning("%s: back to float with what loses time, %s", slow.facts, _nodes(len(slow.losing)))
     step = _step(slow.attempt)
     without = step.model_copy(update={"exclude": (*step.exclude, *slow.losing)})
     split = recipe.passes.index(step)

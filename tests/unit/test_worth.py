@@ -140,7 +140,9 @@ def test_int8_that_does_not_pay_is_said_with_its_regions(run, ratio, how):
     reason, hint = found.report.verdict.reasons[1:]
     assert f"INT8 {how} its FP32 twin: {ratio:.2f} times as fast, with 95 % confidence from" in reason
     assert "Regions that do not pay: small (" in reason
-    assert hint.startswith("gate.slow_int8 can give the FP32 twin instead (twin), or put 1 nodes that lose time back")
+    assert hint.startswith(
+        "gate.slow_int8 can give the FP32 twin instead (twin), or put what loses time there, 1 node, back"
+    )
     regions = {region["name"]: region for region in section(found)["regions"]}
     assert set(regions) == {"large", "small"}
     small = regions["small"]
@@ -174,7 +176,7 @@ def test_regions_that_do_not_pay_go_back_to_float(run):
     assert section(found)["done"] == "rollback"
     assert [tried["excluded"] for tried in section(found)["rollbacks"]] == [[], ["small"]]
     assert [tried["pays"] for tried in section(found)["rollbacks"]] == [False, True]
-    assert "so 1 nodes that lost time went back to float" in found.report.verdict.reasons[-1]
+    assert "so 1 node that lost time went back to float" in found.report.verdict.reasons[-1]
     quantized = next(stage.model for stage in found.stages if stage.name == "quantize_int8")
     assert isinstance(quantized, OnnxModel)
     assert quantized.records["quantization"]["int8"] == ["large"]

@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 DATA := .data
-SETS := digits fashion efficientnet photos minilm bbc
+SETS := digits fashion efficientnet photos minilm bbc vowels
 CONSTRAINTS := .ci/constraints.txt
 
 .DEFAULT_GOAL := help

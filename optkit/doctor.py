@@ -31,7 +31,12 @@ MEMINFO = Path("/proc/meminfo")
 _OUR_FAULT = "nothing that you can do: please report this line"
 
 _CORE = ("torch", "onnx", "onnx_ir", "onnxscript", "numpy", "safetensors")
-_OPTIONAL = {"datasets": "datasets", "transformers": "'optkit[transformers]'", "pillow": "'optkit[images]'"}
+_OPTIONAL = {
+    "datasets": "datasets",
+    "transformers": "'optkit[transformers]'",
+    "pillow": "'optkit[images]'",
+    "torch-pruning": "'optkit[prune]'",
+}
 
 
 @dataclass(frozen=True)

@@ -69,8 +69,7 @@ def round_weights(
         threads: intra-op threads.
     """
     written = write(model, quantization)
-    exact = {node.name: node for node in model.ir.graph}
-    readers = _readers(written, quantization)
+    readers = _readers(model, written, quantization)
     biases = BiasCorrection(model, quantization if correct_bias else replace(quantization, weights={}))
     weights = dict(quantization.weights)
     rng = np.random.default_rng(seed)
@@ -79,21 +78,23 @@ def round_weights(
         if name in biases.stops:
             biases.correct(name, next(as_float)[1], arrays)
         for node in readers.get(name, ()):
-            weight = weights[Use(str(node.name), 1)]
-            rows = rows_read(node, weight.values.shape, arrays, _enough(node, weight), rng)
+            use = Use(str(node.name), 1)
+            rows = rows_read(node, weights[use].values.shape, arrays, _enough(node, weights[use]), rng)
             if rows is not None:
-                weights[Use(str(node.name), 1)] = rounded = _rounded(exact[node.name], weight, rows, policy)
-                _store(node, rounded)
+                weights[use] = _rounded(node, weights[use], rows, policy)
+                _store(written.ir.graph.node(use.node), weights[use])
     return biases.added_to(replace(quantization, weights=weights), policy)
 
 
-def _readers(written: OnnxModel, quantization: Quantization) -> dict[str, list[ir.Node]]:
-    """The layers with a weight behind a DequantizeLinear, by the tensor that they read."""
+def _readers(model: OnnxModel, written: OnnxModel, quantization: Quantization) -> dict[str, list[ir.Node]]:
+    """The float graph's layers, by the tensor of the written graph whose values they multiply."""
     readers: dict[str, list[ir.Node]] = {}
-    for node in written.ir.graph:
-        use = Use(str(node.name), 1)
-        if use in quantization.weights and use.node not in quantization.placement.dynamic:
-            source = node.inputs[0]
+    for node in model.ir.graph:
+        name = str(node.name)
+        if Use(name, 1) in quantization.weights:
+            # What is quantized at each call is known as a float only
+            at_each_call = name in quantization.placement.dynamic
+            source = (node if at_each_call else written.ir.graph.node(name)).inputs[0]
             assert source is not None  # a layer reads something
             readers.setdefault(str(source.name), []).append(node)
     return readers
@@ -105,12 +106,17 @@ def _enough(node: ir.Node, weight: QuantizedWeight) -> int:
     return max(_FEWEST_ROWS, min(_ROWS, _ELEMENTS // max(width, 1)))
 
 
-def _store(node: ir.Node, weight: QuantizedWeight) -> None:
+def _store(written: ir.Node, weight: QuantizedWeight) -> None:
     import onnx_ir as ir
 
-    stored = node.inputs[1].producer().inputs[0]  # type: ignore[union-attr]  # written: a DequantizeLinear
+    value = written.inputs[1]
+    assert value is not None  # a layer has a weight: as it is stored, or behind a DequantizeLinear
+    dequantize = value.producer()
+    stored = value if dequantize is None else dequantize.inputs[0]
     assert stored is not None
-    stored.const_value = ir.tensor(weight.values, name=stored.name)
+    # MatMulInteger multiplies by what a Gemm may have the other way round
+    values = weight.values if written.op_type != "MatMulInteger" or weight.axis == 1 else weight.values.T
+    stored.const_value = ir.tensor(np.ascontiguousarray(values), name=stored.name)
 
 
 def _rounded(node: ir.Node, stored: QuantizedWeight, rows: Array, policy: Int8Policy) -> QuantizedWeight:

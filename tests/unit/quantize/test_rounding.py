@@ -12,9 +12,10 @@ from optkit.quantize.placement import name_nodes, place
 from optkit.quantize.qdq import Quantization, quantize_weights, write
 from optkit.quantize.rounding import round_weights
 from optkit.quantize.saturation import MOST, neighbours
-from optkit.targets.base import TENSORRT
+from optkit.targets.base import ORT_CPU, TENSORRT
 
 POLICY = replace(TENSORRT, rules=("weighted_inputs",))
+DYNAMIC = replace(ORT_CPU, rules=ORT_CPU.dynamic)
 
 LAYERS = {
     "Conv": ("<pads = [1,0,1,2], strides = [2,1], dilations = [1,2]>", (6, 8, 3, 3), (8, 9, 11)),
@@ -67,6 +68,26 @@ def test_outputs_come_closer_with_the_same_scales(net, array_data, name):
         assert weight.values.shape == before.weights[use].values.shape
         assert np.abs(weight.values.astype(int)).max() <= 127
         assert not np.array_equal(weight.values, before.weights[use].values)
+
+
+def test_layers_that_find_their_ranges_at_each_call_are_rounded_as_well(net, array_data):
+    """What the second one reads is known as a float only; its weight is stored the other way round."""
+    rng = np.random.default_rng(0)
+    weights = {name: rng.standard_normal((128, 128)).astype("f") / 11 for name in "vw"}
+    model = net("g (float[b,128] x) => (float[b,128] y) { a = MatMul(x, v) y = Gemm<transB = 1>(a, w) }", **weights)
+    *batches, unseen = samples(array_data, (128,))
+    before = quantization_of(model, batches, DYNAMIC)
+    after = round_weights(model, before, DYNAMIC, batches)
+    assert len(before.placement.dynamic) == 2
+    for use, weight in before.weights.items():
+        if model.ir.graph.node(use.node).op_type == "MatMul":
+            assert np.array_equal(weight.values, after.weights[use].values)  # no walk stops at a model's input
+            continue
+        read = unseen.feeds["x"] @ weights["v"]
+        old, new = (np.linalg.norm(read @ (w.dequantized - weights["w"]).T) for w in (weight, after.weights[use]))
+        assert new < 0.8 * old
+        stored = write(model, after).ir.graph.node(use.node).inputs[1].const_value.numpy()
+        np.testing.assert_array_equal(stored, after.weights[use].values.T)
 
 
 def test_inputs_that_are_always_zero_leave_their_weights_at_the_nearest(net, array_data):

@@ -71,7 +71,7 @@ class Gate(Strict):
     min_speedup: float | None = Field(default=None, gt=0)
     """How many times as fast as the FP32 ONNX model the engine must be; not judged if not given. An INT8 engine is
     compared with its twin, which is what the recipe makes without INT8 (in FP16 where the target computes in it), and
-    an FP16 or BF16 engine with the optimized FP32 model."""
+    an FP16 or BF16 engine with the optimized FP32 model; a pruned or trained one with the optimized checkpoint."""
     slow_int8: Literal["report", "twin", "rollback"] = "report"
     """What to do if INT8 is not shown to be faster than its twin: ``report`` says so, ``twin`` gives the twin instead,
     and ``rollback`` puts back into float what loses time in those regions of the network that are not faster."""

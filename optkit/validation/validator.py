@@ -18,8 +18,7 @@ from optkit.errors import DataError, UnavailableError
 from optkit.journal import collected_warnings
 from optkit.models import Engine, OnnxModel, Signature, TorchModel
 from optkit.numerics import Difference
-from optkit.passes.export_onnx import ExportOnnx
-from optkit.pipeline import Stage
+from optkit.pipeline import Stage, run_passes
 from optkit.recipe import Gate, Recipe, ValidationSettings
 from optkit.targets.base import Runner
 from optkit.targets.onnxruntime import open_onnx
@@ -37,6 +36,7 @@ log = logging.getLogger("optkit.validation")
 SCHEMA_VERSION = 1
 
 PYTORCH, ONNX, OPTIMIZED = "PyTorch", "FP32 ONNX", "optimized FP32 ONNX"
+WHOLE = "optimized FP32 checkpoint"
 ENGINE, STAND_IN = "engine", "ONNX (not the engine)"
 """How reports name the entrants of a recipe's validation."""
 
@@ -64,10 +64,11 @@ def validate(stages: Sequence[Stage], recipe: Recipe, context: Context, twin: Tw
     """Validate what a recipe's passes made.
 
     The baselines are the PyTorch checkpoint, if there is one, and the ONNX model that came in or that the checkpoint
-    gives when it is exported unpruned. If a pass lowered the precision, what the recipe makes without it is timed too
-    and is what ``gate.min_speedup`` counts from, for what optimizing the float graph gains is no merit of the lower
-    precision: the twin of an INT8 engine, and else the last float32 ONNX model. The candidate is the engine; if it
-    cannot run on this machine, the ONNX model that it was built from stands in for it, and the report says so.
+    gives when it is exported as it is. What optimizing the float graph gains is no merit of a pass that prunes or
+    lowers the precision, so what the recipe makes without that pass is timed too and is what ``gate.min_speedup``
+    counts from: the twin of an INT8 engine, else the optimized checkpoint if it was pruned or trained, else the last
+    float32 ONNX model. The candidate is the engine; if it cannot run on this machine, the ONNX model that it was built
+    from stands in for it, and the report says so.
 
     Args:
         stages: the checkpoint first, the engine (or the last ONNX model) last.
@@ -163,13 +164,17 @@ def _contest(
     baselines = []
     if isinstance(stages[0].model, TorchModel):
         baselines.append(Entrant(PYTORCH, opened.enter_context(open_torch(stages[0].model, context.threads))))
-    given = _exported_checkpoint(stages, recipe, context) or onnx_models[0]
+    whole = _floats_of_checkpoint(stages, recipe, context)
+    given = whole[0] if whole else onnx_models[0]
     precision = precision_of(given)
     rival = ONNX if precision == "float32" else f"ONNX as given ({precision})"
     baselines.append(Entrant(rival, opened.enter_context(open_onnx(given, context.threads))))
     candidate, what, why_not = _candidate(stages[-1].model, onnx_models[-1], recipe, context)
     opened.enter_context(candidate.runner)
-    optimized = _last_float(onnx_models)
+    if len(whole) > 1:
+        rival = WHOLE
+        baselines.append(Entrant(rival, opened.enter_context(open_onnx(whole[-1], context.threads)), scored=False))
+    optimized = None if whole else _last_float(onnx_models)
     quantized = any(stage.name == QUANTIZED for stage in stages)
     if isinstance(twin, Twin) and quantized and why_not is None:
         rival = twin.name
@@ -180,14 +185,22 @@ def _contest(
     return Contest(tuple(baselines), candidate, rival, what, why_not)
 
 
-def _exported_checkpoint(stages: Sequence[Stage], recipe: Recipe, context: Context) -> OnnxModel | None:
-    """The checkpoint itself as ONNX, where passes changed it before the export: what pruning gains counts from it."""
+def _floats_of_checkpoint(stages: Sequence[Stage], recipe: Recipe, context: Context) -> tuple[OnnxModel, ...]:
+    """What the recipe's float passes make of the checkpoint itself, where others changed it before the export.
+
+    What pruning gains counts from the last of them: what optimizing the graph gains is no merit of pruning either.
+    """
     checkpoint = stages[0].model
     if not any(isinstance(stage.model, TorchModel) and stage.model is not checkpoint for stage in stages):
-        return None
-    (export,) = (step for step in recipe.passes if isinstance(step, ExportOnnx))
-    assert isinstance(checkpoint, TorchModel)  # what came before a PyTorch model was one
-    return export.run(checkpoint, context)
+        return ()
+    floats = [
+        step
+        for step, stage in zip(recipe.passes, stages[1:], strict=False)
+        if isinstance(stage.model, OnnxModel) and precision_of(stage.model) == "float32"
+    ]
+    made = (stage.model for stage in run_passes(floats, checkpoint, context))
+    models = [model for model in made if isinstance(model, OnnxModel)]
+    return tuple({id(model): model for model in models}.values())
 
 
 def _last_float(models: Sequence[OnnxModel]) -> OnnxModel | None:

@@ -81,7 +81,7 @@ class DynamicWriter:
         source = reader.inputs[0]
         assert source is not None  # placement: a product has an activation
         if source not in self._quantized:
-            base = str(source.name)
+            base = f"{source.name}_at_run_time"  # elsewhere the tensor may be quantized by a range that is known
             node = ir.node("DynamicQuantizeLinear", [source], num_outputs=3, name=f"{base}_DynamicQuantizeLinear")
             kinds = (("quantized", ir.DataType.UINT8), ("scale", ir.DataType.FLOAT), ("zero_point", ir.DataType.UINT8))
             for value, (part, dtype) in zip(node.outputs, kinds, strict=True):

@@ -109,6 +109,23 @@ def test_auto_is_static_where_convolutions_write_int8(residual, images, context)
     assert found[0] == found[1]
 
 
+def test_a_tensor_may_have_a_known_range_for_one_layer_and_one_of_the_moment_for_another(net, array_data, context):
+    rng = np.random.default_rng(0)
+    model = net(
+        """g (float[batch,16,32] x) => (float[batch,16,32] y, float[batch,16,32] z) {
+            y = Conv <pads = [1, 1]> (x, w) z = MatMul(x, v)
+        }""",
+        w=rng.standard_normal((16, 16, 3)).astype("f"),
+        v=rng.standard_normal((32, 32)).astype("f"),
+    )
+    data = array_data({"x": rng.standard_normal((64, 16, 32)).astype("f")})
+    step = QuantizeInt8(calibrate=Calibration(method="max"), smooth=False)
+    after = run(step, model, replace(context, data=data))
+    assert ops(after)["DynamicQuantizeLinear"] == 1
+    assert ops(after)["QuantizeLinear"] == 2  # around the convolution
+    assert sqnr(model, after, data) > 30
+
+
 def test_dynamic_needs_no_data(speech, context):
     after = run(DYNAMIC, speech, context)
     assert ops(after)["DynamicQuantizeLSTM"] == ops(after)["MatMulInteger"] == 1

@@ -23,6 +23,7 @@ from optkit.targets.base import ORT_CPU, TENSORRT, Dialect
 from optkit.targets.onnxruntime import OnnxRuntimeTarget, open_onnx
 from optkit.training import Hooks, Objective
 from optkit.training.graph_module import GraphModule
+from optkit.validation.twin import twin_passes
 
 BAD = QuantizeInt8(
     activations="static",
@@ -276,6 +277,11 @@ def test_a_recipe_sets_every_field_and_keeps_the_gentle_defaults():
     assert (step.ranges, step.train.epochs, step.train.learning_rate, step.train.amp) == ("learned", 2, 2e-2, False)
     assert Recipe.parse(recipe.to_yaml()) == recipe
     assert FinetuneInt8.search_space().keys() >= {"ranges", "train.learning_rate", "loss.temperature"}
+
+
+def test_the_twin_in_float_does_without():
+    recipe = Recipe.parse("passes: [{use: quantize_int8}, {use: finetune_int8}, {use: build_engine}]")
+    assert [step.use for step in twin_passes(recipe, recipe.passes[1:])] == ["build_engine"]
 
 
 def test_needs_data(floats, taught):

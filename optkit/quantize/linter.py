@@ -18,7 +18,7 @@ W9   a convolution reads INT8 and its output is not quantized, where the target 
 W10  a product of integers is not written in the form that the target fuses, so that each of its parts runs alone
 W11  a convolution finds the range of its activation at each call, for which there is no fast kernel
 W12  neighbouring weights of a channel overflow the 16 bits in which this processor's kernels add their products
-W13  a bias is float, or is about to become that of a Gemm, where the target then computes the product in float
+W13  a Gemm has a float bias, or a product is about to become such a Gemm: the target computes it in float
 ==== ================================================================================================
 """
 
@@ -196,14 +196,21 @@ def _weights(node: ir.Node, policy: Int8Policy) -> Iterator[Finding]:
     bias = node.inputs[2] if len(node.inputs) > 2 else None
     if policy.bias == "float" and _is_int32(_producer(bias)):
         yield Finding("E3", name, "its bias is INT32", "keep the bias in float")
-    if policy.bias == "int32" and bias is not None and not _is_int32(_producer(bias)):
-        yield Finding("W13", name, "its bias is float", "store it as INT32 behind a DequantizeLinear")
-    if "linear_inputs" in policy.rules and merged_add(node) is not None:
-        yield Finding(
-            "W13", name, "with its Add it becomes a float Gemm", "make it a Gemm, or give the bias a 1 before it"
-        )
+    if policy.bias == "int32":
+        yield from _float_gemm(node)
     if node.op_type == "Conv" and "conv_in_out" in policy.rules and not _reaches_quantize(node):
         yield Finding("W9", name, "its output is not quantized", "quantize it, or leave the convolution in float")
+
+
+def _float_gemm(node: ir.Node) -> Iterator[Finding]:
+    """Products whose bias keeps them in float; where the sum is quantized, ONNX Runtime quantizes the bias itself."""
+    name, add = _name(node), merged_add(node)
+    if add is not None and not _is(only_consumer(add.outputs[0]), "QuantizeLinear"):
+        mend = "make it a Gemm with an INT32 bias, or give the bias a dimension of 1 before its own"
+        yield Finding("W13", name, "with its Add it becomes a float Gemm", mend)
+    bias = node.inputs[2] if node.op_type == "Gemm" and len(node.inputs) > 2 else None
+    if bias is not None and not _is_int32(_producer(bias)) and not _reaches_quantize(node):
+        yield Finding("W13", name, "its bias is float", "store it as INT32 behind a DequantizeLinear")
 
 
 def _stored(dequantize: ir.Node) -> ir.Value | None:

@@ -7,6 +7,7 @@ import pytest
 
 from optkit.quantize.linter import is_quantized, lint
 from optkit.targets.base import ORT_CPU, TENSORRT
+from optkit.targets.onnxruntime import OnnxRuntimeTarget
 
 RNG = np.random.default_rng(0)
 ARRAYS = {
@@ -20,6 +21,7 @@ ARRAYS = {
     "f": RNG.standard_normal((32, 32, 3, 3)).astype("f"),
     "m": RNG.integers(-127, 128, (32, 8)).astype(np.int8),
     "b": np.arange(32, dtype=np.int32),
+    "bias": np.arange(8, dtype=np.float32),
 }
 HEAD = "g (float[n,32,8,8] x) => (float[n,c,h,v] y) {"
 PAIR = "q = QuantizeLinear(x, s, z) d = DequantizeLinear(q, s, z)"
@@ -27,7 +29,7 @@ WEIGHT = "wd = DequantizeLinear <axis = 0> (w, ws, wz)"
 GOOD = f"{HEAD} {PAIR} {WEIGHT} c1 = Conv(d, wd) y = Exp(c1) }}"
 
 AT_RUN_TIME = "q, qs, qz = DynamicQuantizeLinear(x) i0 = MatMulInteger(q, m, qz) f0 = Cast <to = 1> (i0)"
-MATRIX = f"g (float[n,32] x) => (float[n,8] y) {{ {PAIR} wd = DequantizeLinear(m, s, z) c1 = MatMul(d, wd)"
+FLAT = f"g (float[n,32] x) => (float[n,8] y) {{ {PAIR} wd = DequantizeLinear(m, s, z)"
 SATURATES = replace(ORT_CPU, sums_in_16_bits=True)
 
 # rule, the graph that breaks it, the op type of the node that is named, and the policy that objects
@@ -89,8 +91,8 @@ BROKEN = [
         ORT_CPU,
     ),
     ("E2", f"{HEAD} {AT_RUN_TIME} t = Mul(qs, s) y = Mul(f0, t) }}", "MatMulInteger", ORT_CPU),
-    ("W13", f"{MATRIX} b0 = Add(c1, ws) y = Exp(b0) }}", "MatMul", ORT_CPU),
-    ("W13", f"{HEAD} {PAIR} {WEIGHT} c1 = Conv(d, wd, ws) y = Exp(c1) }}", "Conv", ORT_CPU),
+    ("W13", f"{FLAT} c1 = MatMul(d, wd) b0 = Add(c1, bias) y = Exp(b0) }}", "MatMul", ORT_CPU),
+    ("W13", f"{FLAT} c1 = Gemm(d, wd, bias) y = Exp(c1) }}", "Gemm", ORT_CPU),
     ("W11", f"{HEAD} q, qs, qz = DynamicQuantizeLinear(x) y = ConvInteger(q, w, qz) }}", "ConvInteger", ORT_CPU),
     ("W12", f"{HEAD} {AT_RUN_TIME} t = Mul(qs, s) y = Mul(f0, t) }}", "MatMulInteger", SATURATES),
     (
@@ -123,6 +125,14 @@ def test_each_rule_finds_its_fault(net, rule, text, op_type, policy):
 
 def test_a_sound_model_has_no_findings(net):
     assert lint(parsed(net, GOOD), TENSORRT) == ()
+
+
+@pytest.mark.parametrize("product", ["c0 = MatMul(d, wd) c1 = Add(c0, bias)", "c1 = Gemm(d, wd, bias)"])
+def test_onnx_runtime_quantizes_the_bias_of_a_product_whose_output_is_quantized(net, product, tmp_path, context):
+    text = f"{FLAT} {product} r = QuantizeLinear(c1, s, u) y = DequantizeLinear(r, s, u) }}".replace("s, z", "s, u", 2)
+    model = parsed(net, text)
+    assert lint(model, ORT_CPU) == ()
+    assert OnnxRuntimeTarget().build(model, tmp_path, context).records["nodes"]["QGemm"] == 1
 
 
 def test_products_at_run_time_are_sound_where_their_neighbours_do_not_saturate(net):

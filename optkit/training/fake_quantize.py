@@ -28,7 +28,6 @@ Array = np.ndarray[Any, Any]
 _INT32_ROOM = 2.0**30
 """How large a stored bias may get: half of what INT32 holds leaves room for the products."""
 
-
 STEPS = 128
 """INT8 steps from zero to the end of a range. What is no INT8 weight is trained in units of the range over this: for a
 bias that is what a step of a weight does to a product whose input is half of its range."""

@@ -62,8 +62,9 @@ class QuantizeInt8(OnnxPass):
     """Move outliers of the channels that matrix products read into their weights; undone if held-out samples say so."""
     equalize: Annotated[bool, Tunable()] = False
     """Bring the channels of a tensor to like ranges, by the weights around it; undone if held-out samples say so."""
-    round: Annotated[Literal["nearest", "gptq"], Tunable()] = "nearest"
-    """How weights are rounded: each to its nearest, or in turn so that later ones make up for earlier ones' errors."""
+    round: Annotated[Literal["nearest", "gptq"], Tunable()] = "gptq"
+    """How weights are rounded: each to its nearest, or in turn so that later ones make up for earlier ones' errors;
+    undone if held-out samples say so."""
     correct_bias: Annotated[bool, Tunable()] = True
     """Take each channel's mean error out of the biases, layer after layer; undone if held-out samples say so."""
     exclude: tuple[str, ...] = ()

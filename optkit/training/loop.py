@@ -66,7 +66,8 @@ def train(
 
     Returns:
         The trained model in eval mode on the CPU, with the weights of the best epoch by the data's metric on held-out
-        samples (those that came in count as one), and the record ``name`` of how it went.
+        samples, and the record ``name`` of how it went. If even that epoch is clearly worse than the model that came
+        in, the weights are those that came in.
 
     Raises:
         PreconditionError: student, teacher and objective do not go together, or there is nothing to learn from.
@@ -152,7 +153,7 @@ def _first_batch(course: Course, objective: Objective) -> Batch:
 
 @dataclass
 class _Best:
-    """The best weights so far, after ``epoch`` epochs; 0 is as the model came in."""
+    """The best weights, after ``epoch`` epochs; 0 is as the model came in."""
 
     score: float
     epoch: int
@@ -185,6 +186,7 @@ class _Run:
         self.parallel = self.hardware.shared(self.learner)
         self.optimizer = _optimizer(self.learner, self.settings)
         self.scaler = self.hardware.scaler()
+        self.before = _weights(self.student)
         self.steps = self.settings.epochs * self.course.steps
 
     # --- from the first step to the last
@@ -196,7 +198,7 @@ class _Run:
             self._restore(state)
             log.info("%s goes on after step %d of %d", self.name, self.step, self.steps)
         elif len(self.course.held_out):
-            self.first = self._judge()
+            self.first = self._score()
         if not self.ended:
             self._steps(store)
             self._end()
@@ -278,14 +280,28 @@ class _Run:
         self.history.append(entry)
         self.losses.clear()
         if len(self.course.held_out):
-            entry["score"] = self._judge()
+            entry["score"] = score = self._score()
+            if self.best is None or score > self.best.score:
+                self.best = _Best(score, len(self.history), _weights(self.student))
         stop = self.hooks.on_epoch(self._state())
         since = len(self.history) - self.best.epoch if self.best else 0
         return stop or (self.settings.patience is not None and since >= self.settings.patience)
 
     def _end(self) -> None:
         """Take the best weights, and let the hooks have the last word."""
-        if self.best is not None:
+        if self.best is not None and self.first is not None:
+            # The checkpoint may have learnt the held-out samples once, which flatters it: only a clear loss counts. A
+            # score from 0 to 1 has a standard error of at most 1 / (2 sqrt(n)), and two of them are clear
+            if self.first - self.best.score > 1 / math.sqrt(len(self.course.held_out)):
+                log.warning(
+                    "%s made the model worse (%s %.2f before, %.2f at best): the weights that came in are kept; lower "
+                    "learning_rate, or give it more samples or epochs",
+                    self.name,
+                    self.metric.name,
+                    100 * self.first,
+                    100 * self.best.score,
+                )
+                self.best = _Best(self.first, 0, self.before)
             self.student.load_state_dict(dict(self.best.student))
         _switch(self.student, training=False)
         self.hooks.on_end(self._state())
@@ -293,8 +309,8 @@ class _Run:
 
     # --- judging and telling
 
-    def _judge(self) -> float:
-        """The metric on the held-out samples; the weights are kept if they are the best so far."""
+    def _score(self) -> float:
+        """The metric on the held-out samples."""
         import torch
 
         rows = []
@@ -305,11 +321,7 @@ class _Run:
                 mine, its = ({name: to_numpy(out.cpu()) for name, out in given.items()} for given in answers)
                 rows.append(self.metric.records(mine, batch, its or mine))
         _switch(self.student, training=True)
-        score = self.metric.score(np.concatenate(rows))
-        if self.best is None or score > self.best.score:
-            weights = {name: value.detach().cpu().clone() for name, value in self.student.state_dict().items()}
-            self.best = _Best(score, len(self.history), weights)
-        return score
+        return self.metric.score(np.concatenate(rows))
 
     def _state(self) -> State:
         last = self.history[-1] if self.history else {}
@@ -321,7 +333,7 @@ class _Run:
             epoch=len(self.history),
             loss=next((loss for loss in (*self.losses[-1:], last.get("loss")) if loss is not None), math.nan),
             score=last.get("score", self.first),
-            best=self.best.score if self.best else None,
+            best=self.best.score if self.best else self.first,
         )
 
     def _describe(self) -> str:
@@ -376,6 +388,11 @@ class _Run:
         self.scaler.load_state_dict(state["scaler"])
         self.hooks.load_state_dict(state["hooks"])
         set_random_state(state["random"])
+
+
+def _weights(module: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """A copy of all that the module learns and counts, on the CPU."""
+    return {name: value.detach().cpu().clone() for name, value in module.state_dict().items()}
 
 
 def _static_size(model: TorchModel) -> int | None:

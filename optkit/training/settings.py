@@ -28,7 +28,8 @@ class Training(Strict):
     batch_size: Annotated[int, Field(ge=1), Tunable(choices=(32, 64, 128, 256))] = 64
     """How many samples make a step; a model with a static batch takes its own size."""
     held_out: float = Field(default=0.1, ge=0, lt=1)
-    """The part of the training samples that only judges: the best epoch by the data's metric wins. With 0 the last."""
+    """The part of the training samples that only judges: the best epoch by the data's metric wins. With 0 the last.
+    Weights that came in and are clearly better than those of every epoch stay."""
     optimizer: Annotated[Literal["adamw", "sgd"], Tunable()] = "adamw"
     learning_rate: Annotated[float, Field(gt=0), Tunable(low=1e-5, high=1e-1, log=True)] = 1e-3
     """At its highest, after the warm-up."""

@@ -86,11 +86,24 @@ def test_the_seed_decides_the_weights(taught, student):
     assert not same(first.module, other.module)
 
 
-def test_the_best_epoch_wins_and_the_model_that_came_in_counts(taught, teacher):
-    # The teacher is right already, so whatever a destructive learning rate makes of it is not better
-    harm = Training(epochs=2, batch_size=32, learning_rate=3.0, optimizer="sgd", momentum=0)
+def test_the_best_epoch_wins(taught, student):
+    record = train(student, QUICK, taught, teacher=taught.original).records["training"]
+    scores = [epoch["score"] for epoch in record["epochs"]]
+    assert record["score"] == max(scores) == scores[record["best_epoch"] - 1]
+
+
+def test_a_little_loss_of_a_model_that_may_know_the_held_out_samples_is_no_reason_to_stay(taught, teacher):
+    trained = train(teacher, Training(epochs=1, batch_size=32, learning_rate=0.3), taught)
+    record = trained.records["training"]
+    assert record["score_before"] - 1 / 30**0.5 < record["score"] < record["score_before"]
+    assert record["best_epoch"] == 1 and not same(trained.module, teacher.module)
+
+
+def test_a_model_that_training_ruins_stays_as_it_came_in(taught, teacher, caplog):
+    harm = Training(epochs=2, batch_size=32, learning_rate=300.0, optimizer="sgd", momentum=0)
     trained = train(teacher, harm, taught)
     assert same(trained.module, teacher.module)
+    assert "training made the model worse (top1 100.00 before, " in caplog.text
     record = trained.records["training"]
     assert record["best_epoch"] == 0 and record["score"] == record["score_before"] == 1.0
     last = train(teacher, harm.model_copy(update={"held_out": 0.0}), taught)
@@ -99,7 +112,7 @@ def test_the_best_epoch_wins_and_the_model_that_came_in_counts(taught, teacher):
 
 def test_training_stops_early_when_nothing_gets_better(taught, teacher):
     trained = train(teacher, Training(epochs=9, batch_size=32, patience=2), taught)
-    assert len(trained.records["training"]["epochs"]) == 2
+    assert len(trained.records["training"]["epochs"]) == 3  # the first cannot be bettered
 
 
 def test_a_time_budget_ends_the_training_with_the_schedule(taught, student):

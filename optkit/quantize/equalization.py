@@ -120,6 +120,9 @@ class _Finder:
             self._visit(node)
         for value in graph.outputs:
             self._group(value).obstacle = "it is an output of the model"
+        for value in list(self._of):
+            if any(use.node.graph is not graph for use in value.uses()):
+                self._group(value).obstacle = f"{value.name} is read inside of an If, Loop or Scan"
 
     def groups(self) -> list[_Group]:
         """Every group once, in the order of the graph."""
@@ -162,9 +165,11 @@ def _is_homogeneous(node: ir.Node, inputs: Sequence[ir.Value]) -> bool:
         axes = constant(node.inputs[1]) if len(node.inputs) > 1 else None
         return axes is not None and attribute(node, "keepdims", 1) == 1 and bool((axes.numpy() > 1).all())
     if node.op_type in _MOVES:
-        # [batch, channels, 1, 1] to [batch, channels]
+        # [batch, channels, 1, 1] to [batch, channels], or nothing moves
         before, after = _sizes(inputs[0]), _sizes(node.outputs[0])
-        return before is not None and after is not None and (before[0], {*before[1:], 1}) == (after[0], {*after[1:], 1})
+        if before is None or after is None:
+            return False
+        return before == after or (before[0] == after[0] and {*before[1:], *after[1:]} <= {1})
     constants = len([value for value in node.inputs if value is not None]) - len(inputs)
     channels = {sizes[0] for value in inputs if (sizes := _sizes(value)) is not None}
     return node.op_type in _HOMOGENEOUS and constants == 0 and len(channels) == 1

@@ -99,6 +99,21 @@ def test_what_a_factor_does_not_pass_through_is_declined_by_name(net, batches, c
     assert f"what {first} writes stays as it is: {blocking} ({op}) is not positively homogeneous" in caplog.text
 
 
+def test_what_a_branch_reads_stays_as_it_is(net, array_data, batches):
+    model = net(
+        """g (float[b,8,8,8] x, bool c) => (float[b,16,4,4] y, float[b,16,6,6] z) {
+            a = Conv(x, w1, b1) r = Relu(a) y = Conv<group = 16>(r, w2, b2)
+            z = If (c) <
+                then_branch = then () => (float[b,16,6,6] t) { t = Neg(r) },
+                else_branch = other () => (float[b,16,6,6] e) { e = Abs(r) }
+            >
+        }""",
+        **constants("w1", "w2"),
+    )
+    name_nodes(model)
+    assert equalize(model, place(model, POLICY), batches) is model
+
+
 def test_dead_channels_stay_as_they_are(net, batches):
     weights = constants("w1", "w2")
     weights["w1"][3], weights["b1"][3] = 0, -1

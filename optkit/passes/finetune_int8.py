@@ -98,6 +98,7 @@ class FinetuneInt8(OnnxPass):
             teacher=self._teacher(context),
             hooks=load_hooks(self.hooks, context),
             name=self.use,
+            start_counts=True,
         )
         record = trained.records[self.use]
         if record["best_epoch"] == 0:

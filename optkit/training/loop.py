@@ -49,6 +49,7 @@ def train(
     teacher: TorchModel | None = None,
     hooks: HookCalls = NO_HOOKS,
     name: str = "training",
+    start_counts: bool = False,
 ) -> TorchModel:
     """Train a copy of a model on the training split of the context's data.
 
@@ -63,6 +64,8 @@ def train(
         teacher: what it learns from beside labels; it is not changed either.
         hooks: the user's.
         name: what messages, the state and the record are called; it tells apart the trainings of one pipeline.
+        start_counts: whether the weights that came in stay unless an epoch is better; else only if all are clearly
+            worse.
 
     Returns:
         The trained model in eval mode on the CPU, with the weights of the best epoch by the data's metric on held-out
@@ -91,9 +94,8 @@ def train(
     with seeded(context.seed):
         hardware = hardware_for(settings)
         learner = _learner(model, teacher, objective, hooks, hardware, context, _first_batch(course, objective))
-        run = _Run(
-            name, learner, hardware, settings, course, hooks, context, context.data.metric, _masks(learner, model)
-        )
+        metric, masked = context.data.metric, _masks(learner, model)
+        run = _Run(name, learner, hardware, settings, course, hooks, context, metric, masked, start_counts)
         try:
             trained = run.through(store)
         except KeyboardInterrupt:
@@ -173,6 +175,7 @@ class _Run:
     context: Context
     metric: Metric
     masks: Mapping[str, torch.Tensor]
+    start_counts: bool
     step: int = 0
     elapsed: float = 0.0
     ended: bool = False
@@ -292,7 +295,8 @@ class _Run:
         if self.best is not None and self.first is not None:
             # The checkpoint may have learnt the held-out samples once, which flatters it: only a clear loss counts. A
             # score from 0 to 1 has a standard error of at most 1 / (2 sqrt(n)), and two of them are clear
-            if self.first - self.best.score > 1 / math.sqrt(len(self.course.held_out)):
+            ruined = self.first - self.best.score > 1 / math.sqrt(len(self.course.held_out))
+            if ruined:
                 log.warning(
                     "%s made the model worse (%s %.2f before, %.2f at best): the weights that came in are kept; lower "
                     "learning_rate, or give it more samples or epochs",
@@ -301,6 +305,7 @@ class _Run:
                     100 * self.first,
                     100 * self.best.score,
                 )
+            if ruined or (self.start_counts and self.best.score <= self.first):
                 self.best = _Best(self.first, 0, self.before)
             self.student.load_state_dict(dict(self.best.student))
         _switch(self.student, training=False)

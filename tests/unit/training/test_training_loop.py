@@ -97,6 +97,8 @@ def test_a_little_loss_of_a_model_that_may_know_the_held_out_samples_is_no_reaso
     record = trained.records["training"]
     assert record["score_before"] - 1 / 30**0.5 < record["score"] < record["score_before"]
     assert record["best_epoch"] == 1 and not same(trained.module, teacher.module)
+    kept = train(teacher, Training(epochs=1, batch_size=32, learning_rate=0.3), taught, start_counts=True)
+    assert kept.records["training"]["best_epoch"] == 0 and same(kept.module, teacher.module)
 
 
 def test_a_model_that_training_ruins_stays_as_it_came_in(taught, teacher, caplog):

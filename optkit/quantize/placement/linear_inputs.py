@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from optkit.quantize.placement.draft import Draft
-from optkit.quantize.placement.graph import constant, only_consumer
+from optkit.quantize.placement.graph import after_activation, constant, only_consumer
 from optkit.quantize.placement.read_int8 import read_int8
 
 if TYPE_CHECKING:
@@ -19,15 +19,20 @@ def linear_inputs(node: ir.Node, draft: Draft) -> bool:
     doubles the decibels of quantizing the outputs too.
 
     ONNX Runtime makes a float Gemm of a product and the vector that is added to it, before it looks at Q/DQ pairs,
-    where it knows the shape or the product has two dimensions. A vector with a 1 before it is left alone.
+    where it knows the shape or the product has two dimensions. A vector with a 1 before it is left alone. It fuses
+    ``Gemm`` and the Relu or Clip after it into a float kernel too, unless what the two write is quantized.
     """
     if node.op_type not in ("MatMul", "Gemm"):
         return False
     add = merged_add(node)
     if add is not None and _dimensions(node) == 2:
         draft.keep_float(node, "ONNX Runtime makes a float Gemm of it and its Add: run optimize_graph before")
-    elif read_int8(node, draft) and add is not None:
-        draft.keep_apart(add)
+    elif read_int8(node, draft):
+        if add is not None:
+            draft.keep_apart(add)
+        activated = after_activation(node.outputs[0])
+        if node.op_type == "Gemm" and activated is not node.outputs[0]:
+            draft.quantize_output(activated)
     return True
 
 

@@ -1,9 +1,13 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
+import onnx_ir as ir
 import pytest
 
 from optkit.errors import PreconditionError
+from optkit.passes.quantize_int8 import QuantizeInt8
 from optkit.quantize.placement import Use, name_nodes, place
 from optkit.targets.base import ORT_CPU
 
@@ -172,3 +176,23 @@ def test_a_matrix_product_that_was_not_made_a_gemm_stays_float_and_says_why(net)
     assert placed(model).kept_float == {
         "MatMul_0": "ONNX Runtime makes a float Gemm of it and its Add: run optimize_graph before"
     }
+
+
+def test_a_gemm_with_an_activation_writes_int8_so_that_it_computes_in_it(net, array_data, context, tmp_path):
+    """A convolutional head: without a Q after the Relu, ONNX Runtime makes a float FusedGemm of the first Gemm."""
+    model = net(
+        """g (float[b,8,4,4] x) => (float[b,10] y) {
+            c = Conv(x, w) r = Relu(c) f = Flatten(r) g1 = Gemm(f, w1, b1) r1 = Relu(g1) y = Gemm(r1, w2, b2)
+        }""",
+        w=weight(8, 8, 1, 1),
+        w1=weight(128, 64),
+        b1=weight(64),
+        w2=weight(64, 10),
+        b2=weight(10),
+    )
+    assert "r1" in placed(model).outputs
+    context = replace(context, data=array_data({"x": weight(64, 8, 4, 4)}))
+    engine = context.target.build(QuantizeInt8().run(model, context), tmp_path, context)
+    ops = [node.op_type for node in ir.load(engine.path).graph]
+    assert ops.count("QGemm") == 2
+    assert not {"FusedGemm", "Gemm", "DynamicQuantizeMatMul"} & set(ops)

@@ -22,7 +22,6 @@ from optkit.errors import CheckpointError, GateError, OutputError, UsageError
 from optkit.failures import reason
 from optkit.journal import collected_warnings
 from optkit.models import DimRange, OnnxModel, Signature, TorchModel
-from optkit.passes.quantize_int8 import QuantizeInt8
 from optkit.pipeline import Stage, run_passes, with_original
 from optkit.quantize.linter import Finding, is_quantized
 from optkit.quantize.linter import lint as judge_pairs
@@ -192,13 +191,12 @@ def sensitivity(
         OptkitError: the recipe, the model or the data does not fit.
     """
     recipe = recipe if isinstance(recipe, Recipe) else Recipe.load(recipe)
-    index = next((i for i, step in enumerate(recipe.passes) if isinstance(step, QuantizeInt8)), None)
-    if index is None:
+    if recipe.int8 is None:
         raise UsageError("the recipe has no quantize_int8 pass, so there is no INT8 layer to rank: add it")
     if model is None and recipe.model.checkpoint is None:
         raise UsageError("there is no model: name a checkpoint, or set model.checkpoint in the recipe")
-    before, step = recipe.passes[:index], recipe.passes[index]
-    assert isinstance(step, QuantizeInt8)  # that is what index was looked for by
+    index, step = recipe.int8
+    before = recipe.passes[:index]
     fewer = {} if samples is None else {"samples": samples}
     settings = {"batch_size": min(step.calibrate.batch_size, JUDGED), **fewer}
     step = step.model_copy(update={"calibrate": step.calibrate.model_copy(update=settings)})

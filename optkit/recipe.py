@@ -16,6 +16,7 @@ from optkit.functions import absolute
 from optkit.models import DimRange, TensorSpec
 from optkit.passes.base import Pass
 from optkit.passes.build_engine import BuildEngine
+from optkit.passes.quantize_int8 import QuantizeInt8
 from optkit.passes.registry import passes as known_passes
 from optkit.pipeline import misfit
 from optkit.targets import AnyTarget
@@ -134,6 +135,11 @@ class Recipe(Strict):
         """The target of the recipe's ``build_engine``, or ``onnxruntime`` if it builds none."""
         builds = [step for step in self.passes if isinstance(step, BuildEngine)]
         return builds[-1].target if builds else OnnxRuntimeTarget()
+
+    @property
+    def int8(self) -> tuple[int, QuantizeInt8] | None:
+        """The recipe's ``quantize_int8`` and its place among the passes; None if it has none."""
+        return next(((i, step) for i, step in enumerate(self.passes) if isinstance(step, QuantizeInt8)), None)
 
     @classmethod
     def load(cls, source: str | Path) -> Recipe:

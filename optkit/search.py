@@ -55,7 +55,7 @@ def can_help(attempt: Attempt) -> bool:
     if not attempt.report.document["accuracy"]["reachable"]:
         log.info("no search for layers that cost accuracy: with so few samples not even the float model would pass")
         return False
-    return any(isinstance(step, QuantizeInt8) for step in attempt.recipe.passes)
+    return attempt.recipe.int8 is not None
 
 
 def roll_back(first: Attempt, context: Context, judge: Judge) -> Attempt:
@@ -117,7 +117,8 @@ class _Rest:
 
     @classmethod
     def of(cls, first: Attempt, context: Context, judge: Judge) -> _Rest:
-        index, step = next((i, one) for i, one in enumerate(first.recipe.passes) if isinstance(one, QuantizeInt8))
+        assert first.recipe.int8 is not None  # can_help asks for it
+        index, step = first.recipe.int8
         stage = next(i for i, one in enumerate(first.stages) if one.name == step.use)
         floats = first.stages[stage - 1].model
         assert isinstance(floats, OnnxModel)  # what quantize_int8 took

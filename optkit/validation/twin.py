@@ -14,7 +14,6 @@ from optkit.passes.build_engine import BuildEngine
 from optkit.passes.cast_fp16 import CastFp16
 from optkit.passes.finetune_int8 import FinetuneInt8
 from optkit.passes.float_cast import FloatCast
-from optkit.passes.quantize_int8 import QuantizeInt8
 from optkit.pipeline import Stage, run_passes
 from optkit.quantize.placement import name_nodes
 from optkit.recipe import AnyPass, Recipe
@@ -89,10 +88,10 @@ def build_twin(stages: Sequence[Stage], recipe: Recipe, context: Context) -> Twi
         recipe: with ``quantize_int8`` in it, or there is no twin.
         context: that of the passes; the twin is built in a folder of its own in the scratch folder.
     """
-    split = next((i for i, step in enumerate(recipe.passes) if isinstance(step, QuantizeInt8)), None)
     place = next((i for i, stage in enumerate(stages) if stage.name == QUANTIZED), None)
-    if split is None or place is None:
+    if recipe.int8 is None or place is None:
         return None
+    split, _ = recipe.int8
     available = recipe.target.can_run()
     if not available.ok:
         return NoTwin(f"{recipe.target.name} does not run on this machine: {available.reason}")

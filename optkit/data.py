@@ -5,12 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 import zlib
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
-from typing import Annotated, Any, Literal, Protocol, TypeAlias
+from typing import Annotated, Any, Literal, Protocol, TypeAlias, TypeVar
 
 import numpy as np
 from pydantic import BeforeValidator, Field, model_validator
@@ -25,6 +27,7 @@ from optkit.transforms import AnyTransform, Array, Ragged, padded
 __all__ = ["Batch", "Data", "DataSpec", "Metric", "RandomData", "Samples", "Split", "open_data", "random_data"]
 
 Split: TypeAlias = Literal["calibration", "validation", "training"]
+S = TypeVar("S")
 SPLITS: tuple[Split, Split] = ("calibration", "validation")
 """Those that are opened at once; the third is opened when something is trained."""
 
@@ -55,8 +58,8 @@ class Data(Protocol):
     def batches(self, split: Split, size: int, limit: int | None = None) -> Iterator[Batch]:
         """Batches of at most ``size`` samples, the same ones in the same order at every call, NaN refused."""
 
-    def training(self) -> Samples:
-        """The samples to train on; none of them is in the validation split."""
+    def training(self, readers: int = 1) -> Samples:
+        """The samples to train on; none of them is in the validation split. ``readers`` threads may make batches."""
 
     def fingerprint(self, split: Split) -> dict[str, Any]:
         """What identifies the samples: source, split, preprocessing, count, seed."""
@@ -214,20 +217,29 @@ class SpecData:
         """
         yield from self.drawn(split, self._rows_of(split)[:limit], size)
 
-    def training(self) -> Samples:
+    def training(self, readers: int = 1) -> Samples:
         """The samples to train on.
 
         Raises:
             DataError: the training data are missing, empty, or shared with validation.
         """
-        return _Training(self, self._rows_of("training"))
+        return _Training(self, self._rows_of("training"), readers)
 
-    def drawn(self, split: Split, rows: Array, size: int, skip: int = 0) -> Iterator[Batch]:
-        """Batches of these rows of a split, without the first ``skip``; a stream gives them in its own order."""
-        ordered = rows if self._tables[split].order == "any" else np.sort(rows)
-        samples = self._samples(split, ordered[skip:])
-        while chunk := list(islice(samples, size)):
-            yield self._collate(chunk)
+    def drawn(self, split: Split, rows: Array, size: int, skip: int = 0, readers: int = 1) -> Iterator[Batch]:
+        """Batches of these rows of a split, without the first ``skip``; a stream gives them in its own order.
+
+        Rows are read one after the other; ``readers`` threads make batches of them where the transforms let them.
+        """
+        table = self._tables[split]
+        ordered = rows if table.order == "any" else np.sort(rows)
+        read = table.rows(ordered[skip:].tolist())
+        chunks = iter(lambda: list(islice(read, size)), [])
+
+        def made(chunk: Sequence[tuple[int, Row]]) -> Batch:
+            return self._collate([self._sample(f"{split} data, row {index}", row) for index, row in chunk])
+
+        steps = [step for part in self.spec.inputs.values() for step in part.transform]
+        return _in_order(made, chunks, readers) if all(step.threads for step in steps) else map(made, chunks)
 
     def fingerprint(self, split: Split) -> dict[str, Any]:
         """Source with the SHA-256 of its files, row numbers, preprocessing, count and seed; JSON-serializable."""
@@ -458,12 +470,28 @@ class _Training:
 
     data: SpecData
     rows: Array
+    readers: int
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def batches(self, positions: Sequence[int], size: int, skip: int = 0) -> Iterator[Batch]:
-        return self.data.drawn("training", self.rows[np.asarray(positions, np.int64)], size, skip)
+        return self.data.drawn("training", self.rows[np.asarray(positions, np.int64)], size, skip, self.readers)
+
+
+def _in_order(make: Callable[[S], Batch], items: Iterator[S], threads: int) -> Iterator[Batch]:
+    """What is made of the items, in their order, by several threads."""
+    if threads == 1:
+        yield from map(make, items)
+        return
+    with ThreadPoolExecutor(threads) as pool:
+        waiting: deque[Future[Batch]] = deque()
+        for item in items:
+            waiting.append(pool.submit(make, item))
+            if len(waiting) > threads:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
 
 
 def _columns(column: str | tuple[str, ...]) -> tuple[str, ...]:
@@ -549,7 +577,7 @@ class RandomData:
             left -= len(batch)
             yield batch
 
-    def training(self) -> Samples:
+    def training(self, readers: int = 1) -> Samples:
         """There is none.
 
         Raises:

@@ -6,7 +6,7 @@ import io
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeAlias, Union
+from typing import Annotated, Any, ClassVar, Literal, TypeAlias, Union
 
 import numpy as np
 from pydantic import BeforeValidator, Field
@@ -31,6 +31,9 @@ class Ragged:
 
 class Transform(Strict):
     """One step of an input's preprocessing; ``bind`` gives the function."""
+
+    threads: ClassVar[bool] = True
+    """Whether several threads may run the function at a time."""
 
     def bind(self, folder: Path) -> Step:
         """The step as a function; paths are relative to ``folder``."""
@@ -291,6 +294,8 @@ def padded(array: Array, axis: int, size: int, value: float) -> Array:
 
 class Tokenize(Transform):
     """Text, or a pair of texts, becomes one input for each of ``fields``, named ``prefix`` and the field."""
+
+    threads: ClassVar[bool] = False  # a tokenizer that pads in one thread refuses another ("Already borrowed")
 
     use: Literal["tokenize"] = "tokenize"
     tokenizer: str

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
-from dataclasses import dataclass
+import os
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -11,7 +13,7 @@ import numpy as np
 from optkit.data import Batch
 from optkit.errors import DataError, UnavailableError, did_you_mean
 from optkit.models import Signature
-from optkit.targets.pytorch import to_torch
+from optkit.targets.pytorch import to_numpy, to_torch
 from optkit.training.settings import Training
 
 if TYPE_CHECKING:
@@ -66,11 +68,28 @@ class Hardware:
 
         return torch.autocast(self.device.type, dtype=self.half, enabled=self.half is not None)
 
+    @contextmanager
+    def tuned(self, signature: Signature) -> Iterator[None]:
+        """On a GPU let cuDNN time its convolutions and keep the fastest, where no size but the batch's changes."""
+        import torch
+
+        before = torch.backends.cudnn.benchmark
+        fixed = all(isinstance(size, int) for spec in signature.inputs for size in spec.shape[1:])
+        torch.backends.cudnn.benchmark = before or (fixed and not self.is_cpu)
+        try:
+            yield
+        finally:
+            torch.backends.cudnn.benchmark = before
+
     def scaler(self) -> Any:
         """What keeps the gradients of float16 from vanishing; it does nothing for other types."""
         import torch
 
         return torch.amp.GradScaler(self.device.type, enabled=self.half is torch.float16)
+
+    def readers(self, settings: Training) -> int:
+        """How many threads make batches: on the CPU one, whose cores have the training to do."""
+        return 1 if self.is_cpu else min(settings.readers, os.cpu_count() or 1)
 
     def inputs(self, batch: Batch, signature: Signature) -> tuple[torch.Tensor, ...]:
         """The batch's feeds in the order of the signature.
@@ -84,6 +103,13 @@ class Hardware:
                 raise DataError(f"a training batch has no input {spec.name!r}, {hint}: see `inputs` of the data spec")
         return tuple(self._there(to_torch(batch.feeds[spec.name])) for spec in signature.inputs)
 
+    def pinned(self, batch: Batch) -> Batch:
+        """The same batch; for a GPU in memory that it can fetch by itself, which a thread beside the loop makes."""
+        if self.is_cpu:
+            return batch
+        feeds = {name: to_numpy(to_torch(array).pin_memory()) for name, array in batch.feeds.items()}
+        return replace(batch, feeds=feeds)
+
     def labels(self, batch: Batch) -> torch.Tensor | None:
         """The batch's labels: int64 or float32."""
         if batch.labels is None:
@@ -94,9 +120,13 @@ class Hardware:
     def _there(self, tensor: torch.Tensor) -> torch.Tensor:
         import torch
 
-        if self.channels_last and tensor.ndim == 4:
-            tensor = tensor.contiguous(memory_format=torch.channels_last)
-        return tensor if self.is_cpu else tensor.pin_memory().to(self.device, non_blocking=True)
+        if not self.is_cpu:
+            tensor = tensor.pin_memory().to(self.device, non_blocking=True)  # what is pinned already is not copied
+        # There, as a GPU turns a batch round in no time, and a processor would keep it waiting
+        return tensor.contiguous(memory_format=torch.channels_last) if self._turned(tensor) else tensor
+
+    def _turned(self, tensor: torch.Tensor) -> bool:
+        return self.channels_last and tensor.ndim == 4
 
 
 def _laid_out(module: Any, order: torch.memory_format) -> torch.nn.Module:

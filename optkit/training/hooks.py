@@ -150,6 +150,11 @@ class HookCalls:
             self._refuse("data", given, "an object with __len__ and batches(positions, size, skip)")
         return _HookSamples(self, given)
 
+    @property
+    def changes_batches(self) -> bool:
+        """Whether there is a ``batch`` of the user's."""
+        return type(self.hooks).batch is not Hooks.batch
+
     def batch(self, batch: Batch, rng: np.random.Generator) -> Batch:
         """As of ``Hooks``."""
         return self.checked("batch", self._call("batch", batch, rng))

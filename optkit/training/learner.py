@@ -61,6 +61,7 @@ class Learner(nn.Module):
         self._seen = threading.local()  # each GPU's thread has its own
         self._watches: list[Any] = []
         self._classes: int | None = None
+        self._all_count = False
         for mine, its in self._pairs.items():
             assert teacher is not None  # without one there are no pairs
             self._watches += [_watch(student, mine, "student", self._seen), _watch(teacher, its, "teacher", self._seen)]
@@ -134,11 +135,12 @@ class Learner(nn.Module):
             self.projections[str(index)] = projection.to(mine.device)
 
     def check_labels(self, labels: np.ndarray[Any, Any] | None) -> None:
-        """Refuse labels that are no classes; a GPU would not say which.
+        """Refuse labels that are no classes, and see whether all count; a GPU would not say which, or have to be asked.
 
         Raises:
             DataError: there is one.
         """
+        self._all_count = labels is not None and not (labels == self._ignored).any()
         if labels is None or self._classes is None or labels.dtype.kind not in "iu":
             return
         wrong = labels[(labels != self._ignored) & ((labels < 0) | (labels >= self._classes))]
@@ -189,7 +191,9 @@ class Learner(nn.Module):
                 terms.append(relative_error(output, taught[name]))
                 continue
             mine, its = _classes_last(output.float()), _classes_last(taught[name].float())
-            if labels is not None and labels.shape == mine.shape[:-1] and not labels.is_floating_point():
+            fits = labels is not None and labels.shape == mine.shape[:-1] and not labels.is_floating_point()
+            if labels is not None and fits and not self._all_count:
+                # Whoever takes some of a GPU's numbers has to wait until it has counted them
                 counts = labels != self._ignored
                 mine, its = mine[counts], its[counts]
             terms.append(softened(mine, its, self._objective.temperature))

@@ -24,7 +24,7 @@ from optkit.targets.pytorch import to_numpy
 from optkit.training.hardware import Hardware, hardware_for
 from optkit.training.hooks import NO_HOOKS, HookCalls, State
 from optkit.training.resume import Store, key_of, random_state, seeded, set_random_state
-from optkit.training.samples import Course, part
+from optkit.training.samples import Course, ahead, part
 from optkit.training.settings import Objective, Training
 
 if TYPE_CHECKING:
@@ -81,18 +81,18 @@ def train(
     if context.data is None:
         raise PreconditionError(f"{name} needs training data: add a `data:` section to the recipe")
     objective = objective or Objective()
-    samples = hooks.data(context.data.training())
+    hardware = hardware_for(settings)
+    samples = hooks.data(context.data.training(hardware.readers(settings)))
     course = part(samples, settings, _static_size(model), context.seed)
     document = {
-        "settings": settings.model_dump(mode="json", exclude={"save_every"}),
+        "settings": settings.model_dump(mode="json", exclude={"save_every", "readers"}),
         "objective": objective.model_dump(mode="json"),
         "hooks": hooks.identity,
         "data": context.data.fingerprint("training"),
         "seed": context.seed,
     }
     store = Store(context.resume, name, key_of(document, model.module, teacher.module if teacher else None))
-    with seeded(context.seed):
-        hardware = hardware_for(settings)
+    with seeded(context.seed), hardware.tuned(model.signature):
         learner = _learner(model, teacher, objective, hooks, hardware, context, _first_batch(course, objective))
         metric, masked = context.data.metric, _masks(learner, model)
         run = _Run(name, learner, hardware, settings, course, hooks, context, metric, masked, start_counts)
@@ -187,7 +187,7 @@ class _Run:
     def __post_init__(self) -> None:
         self.student = self.learner.student
         self.parallel = self.hardware.shared(self.learner)
-        self.optimizer = _optimizer(self.learner, self.settings)
+        self.optimizer = _optimizer(self.learner, self.settings, self.hardware)
         self.scaler = self.hardware.scaler()
         self.before = _weights(self.student)
         self.steps = self.settings.epochs * self.course.steps
@@ -222,15 +222,21 @@ class _Run:
                 self.ended = self._close_epoch() or self.ended
             if self.ended:
                 return
-            if whole or time.monotonic() - saved >= self.settings.save_every:
+            if time.monotonic() - saved >= self.settings.save_every:
                 store.save(self._saved)
                 saved = time.monotonic()
 
     def _batches(self) -> Iterator[Batch]:
         while True:
             epoch, done = divmod(self.step, self.course.steps)
-            for batch in self.course.epoch(epoch, done):
+            for batch in self._ahead(self.course.epoch(epoch, done), pin=not self.hooks.changes_batches):
                 yield self.hooks.batch(batch, np.random.default_rng([self.context.seed, _BATCH, self.step]))
+
+    def _ahead(self, batches: Iterator[Batch], *, pin: bool = True) -> Iterator[Batch]:
+        """The batches, made while others are used; a GPU is fast, so for it one thread reads them and another pins."""
+        if self.hardware.is_cpu:
+            return ahead(batches)
+        return ahead(map(self.hardware.pinned, ahead(batches)) if pin else batches, 2)
 
     @property
     def _progress(self) -> float:
@@ -321,7 +327,7 @@ class _Run:
         rows = []
         _switch(self.student, training=False)
         with torch.no_grad():
-            for batch in self.course.judging():
+            for batch in self._ahead(self.course.judging()):
                 answers = self.learner.answers(self.hardware.inputs(batch, self.learner.signature))
                 mine, its = ({name: to_numpy(out.cpu()) for name, out in given.items()} for given in answers)
                 rows.append(self.metric.records(mine, batch, its or mine))
@@ -406,19 +412,20 @@ def _static_size(model: TorchModel) -> int | None:
     return front[0] if front and isinstance(front[0], int) else None
 
 
-def _optimizer(learner: Learner, settings: Training) -> torch.optim.Optimizer:
+def _optimizer(learner: Learner, settings: Training, hardware: Hardware) -> torch.optim.Optimizer:
     """Biases, norms and scales, which have one axis at most, are not decayed."""
     import torch
 
+    fused = not hardware.is_cpu  # one kernel for all weights
     weights = [weight for _, weight in learner.trained() if weight.requires_grad]
     groups = [
         {"params": [weight for weight in weights if weight.ndim > 1], "weight_decay": settings.weight_decay},
         {"params": [weight for weight in weights if weight.ndim <= 1], "weight_decay": 0.0},
     ]
     if settings.optimizer == "adamw":
-        return torch.optim.AdamW(groups, settings.learning_rate)
+        return torch.optim.AdamW(groups, settings.learning_rate, fused=fused)
     nesterov = settings.momentum > 0
-    return torch.optim.SGD(groups, settings.learning_rate, momentum=settings.momentum, nesterov=nesterov)
+    return torch.optim.SGD(groups, settings.learning_rate, momentum=settings.momentum, nesterov=nesterov, fused=fused)
 
 
 def _masks(learner: Learner, model: TorchModel) -> dict[str, torch.Tensor]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import zlib
+from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -43,13 +44,13 @@ class Course:
         return len(self.training) // self.size
 
     def epoch(self, number: int, skip: int = 0) -> Iterator[Batch]:
-        """The batches of an epoch without the first ``skip``."""
+        """The batches of an epoch without the first ``skip``, read as they are asked for."""
         order = np.random.default_rng([self.seed, zlib.crc32(b"epoch"), number]).permutation(self.training)
-        return ahead(self.samples.batches(order[: self.steps * self.size].tolist(), self.size, skip * self.size))
+        return self.samples.batches(order[: self.steps * self.size].tolist(), self.size, skip * self.size)
 
     def judging(self) -> Iterator[Batch]:
         """The held-out batches."""
-        return ahead(self.samples.batches(self.held_out.tolist(), self.size))
+        return self.samples.batches(self.held_out.tolist(), self.size)
 
 
 def part(samples: Samples, settings: Training, static: int | None, seed: int) -> Course:
@@ -73,10 +74,10 @@ def part(samples: Samples, settings: Training, static: int | None, seed: int) ->
     return course
 
 
-def ahead(items: Iterator[T]) -> Iterator[T]:
-    """The same items, each made in a thread of its own while the one before it is used."""
+def ahead(items: Iterator[T], depth: int = 1) -> Iterator[T]:
+    """The same items, each made in a thread of its own while those before it are used; ``depth`` wait at most."""
     with ThreadPoolExecutor(1) as pool:
-        waiting = pool.submit(next, items, None)
-        while (item := waiting.result()) is not None:
-            waiting = pool.submit(next, items, None)
+        waiting = deque(pool.submit(next, items, None) for _ in range(depth))
+        while (item := waiting.popleft().result()) is not None:
+            waiting.append(pool.submit(next, items, None))
             yield item

@@ -51,6 +51,8 @@ class Training(Strict):
     """Mixed precision on a GPU: bfloat16 where it has that, else float16 with scaled losses."""
     channels_last: bool = True
     """On a GPU, images with the channels last, as its kernels for half precision like them."""
+    readers: int = Field(default=8, ge=1)
+    """Threads that make batches for a GPU, as many as there are cores at most; on the CPU it is one."""
     save_every: float = Field(default=60.0, ge=0)
     """Seconds between two saves of the state that an interrupted run goes on from; 0 is after every step."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import yaml
 from optkit.data import Data, DataSpec, open_data, random_data
 from optkit.errors import DataError, RecipeError
 from optkit.models import DimRange, Signature, TensorSpec
+from optkit.transforms import ToFloat, Tokenize
 
 COUNT = 40
 
@@ -166,6 +168,47 @@ def test_training_samples_come_in_the_order_asked_for(folder: Path) -> None:
     everything = [int(batch.feeds["x"][0, 0]) for batch in samples.batches(range(8), 1)]
     some = [int(row) for batch in samples.batches([5, 0, 3, 1], 2, skip=1) for row in batch.feeds["x"][:, 0]]
     assert some == [everything[0], everything[3], everything[1]]
+
+
+@pytest.mark.parametrize("skip", [0, 9])
+def test_several_threads_make_the_same_batches_in_the_same_order(folder: Path, skip: int) -> None:
+    data = open_data(write(folder, splits={"calibration": {"count": 8}, "validation": {"count": 4}}))
+    positions = np.random.default_rng(0).permutation(len(data.training())).tolist()
+    alone, together = (list(data.training(readers).batches(positions, 3, skip)) for readers in (1, 4))
+    assert len(alone) == len(together) > 4
+    for one, other in zip(alone, together, strict=True):
+        np.testing.assert_array_equal(one.feeds["x"], other.feeds["x"])
+        np.testing.assert_array_equal(one.labels, other.labels)
+
+
+def test_several_threads_make_batches_at_a_time_but_not_tokens(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    working, most = 0, 0
+
+    def slowly(self: ToFloat, value: Any) -> Any:
+        nonlocal working, most
+        working += 1
+        most = max(most, working)
+        time.sleep(0.005)
+        working -= 1
+        return np.float32(value)
+
+    monkeypatch.setattr(ToFloat, "apply", slowly)
+    spec = write(folder, inputs={"x": {"column": "x", "transform": [{"use": "to_float"}]}})
+    assert len(list(open_data(spec).training(4).batches(range(8), 1))) == 8
+    assert most > 1
+    most = 0
+    monkeypatch.setattr(ToFloat, "threads", Tokenize.threads)
+    assert len(list(open_data(spec).training(4).batches(range(8), 1))) == 8
+    assert most == 1
+
+
+def test_what_one_of_several_threads_finds_wrong_is_told(folder: Path) -> None:
+    x = np.ones((COUNT, 4), np.float32)
+    x[20] = np.nan
+    np.savez(folder / "data.npz", x=x, y=np.zeros(COUNT))
+    samples = open_data(write(folder, splits={"calibration": {"count": 8}, "validation": {"count": 1}})).training(3)
+    with pytest.raises(DataError, match="training data, row 20, input 'x' holds NaN"):
+        list(samples.batches(range(len(samples)), 2))
 
 
 def test_a_stream_gives_training_samples_in_its_own_order_and_skips_alike(folder: Path) -> None:

@@ -160,3 +160,18 @@ def test_features_are_projected_to_the_teachers_shape(mine, its):
     loss.backward()
     assert torch.isfinite(loss) and loss > 0
     assert all(weight.grad is not None for _, weight in learner.trained())
+
+
+@pytest.mark.parametrize("left_out", [0, 1])
+def test_labels_that_were_looked_at_on_the_host_give_the_same_loss(left_out):
+    student, teacher = Gives(arrays(4, 5)), Gives(arrays(4, 5, seed=1))
+    labels = np.array([0, 4, 2, 1])
+    labels[:left_out] = -100
+    signature = Signature((TensorSpec("x", "float32", ("batch", 1)),), (TensorSpec("out0", "float32", ("batch", 5)),))
+    learner = Learner(student, teacher, signature, Objective(), Top1(), NO_HOOKS, True, CPU)
+    asked = learner((torch.zeros(4, 1),), torch.from_numpy(labels)).tolist()
+    learner.check_labels(labels)
+    assert learner((torch.zeros(4, 1),), torch.from_numpy(labels)).tolist() == asked
+    learner.check_labels(np.full(4, -100))  # a batch later all may count again
+    learner.check_labels(labels)
+    assert learner((torch.zeros(4, 1),), torch.from_numpy(labels)).tolist() == asked

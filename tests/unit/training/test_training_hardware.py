@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import numpy as np
 import pytest
 import torch
@@ -14,6 +16,7 @@ from optkit.training import Objective, Training
 from optkit.training.hardware import Hardware, hardware_for
 from optkit.training.hooks import NO_HOOKS
 from optkit.training.learner import Learner
+from optkit.training.samples import ahead
 
 LIKE_A_GPU = Hardware(torch.device("cpu"), torch.bfloat16, channels_last=True)
 SIGNATURE = Signature(
@@ -75,6 +78,39 @@ def test_labels_are_int64_or_float32():
     assert LIKE_A_GPU.labels(Batch(batch.feeds, None)) is None
     with pytest.raises(DataError, match=r"a training batch has no input 'image', did you mean 'images'\?"):
         LIKE_A_GPU.inputs(Batch({"images": batch.feeds["image"]}, None), SIGNATURE)
+
+
+def test_a_processor_reads_in_one_thread_and_pins_nothing():
+    batch = images()
+    assert LIKE_A_GPU.pinned(batch) is batch
+    assert LIKE_A_GPU.readers(Training(readers=4)) == 1
+    gpu = Hardware(torch.device("cuda"))
+    assert gpu.readers(Training(readers=1)) == 1
+    assert gpu.readers(Training(readers=1000)) == os.cpu_count()
+
+
+def test_convolutions_are_timed_on_a_gpu_where_sizes_stay():
+    gpu = Hardware(torch.device("cuda"))
+    anysize = Signature((TensorSpec("image", "float32", ("batch", 3, "height", 8)),), SIGNATURE.outputs)
+    found = []
+    for hardware, signature in ((gpu, SIGNATURE), (gpu, anysize), (LIKE_A_GPU, SIGNATURE)):
+        with hardware.tuned(signature):
+            found.append(torch.backends.cudnn.benchmark)
+        assert not torch.backends.cudnn.benchmark
+    assert found == [True, False, False]
+
+
+@pytest.mark.parametrize("depth", [1, 3])
+def test_what_is_made_ahead_comes_in_order_until_it_fails(depth):
+    def items():
+        yield from range(5)
+        raise DataError("no more")
+
+    given = ahead(items(), depth)
+    assert [next(given) for _ in range(5)] == list(range(5))
+    with pytest.raises(DataError, match="no more"):
+        next(given)
+    assert list(ahead(iter(range(7)), depth)) == list(range(7))
 
 
 def test_without_a_gpu_or_if_told_so_it_is_the_cpu_in_float32():

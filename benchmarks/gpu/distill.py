@@ -189,9 +189,11 @@ def in_thread(items: Iterator[Any], depth: int = 3) -> Iterator[Any]:
     made: queue.Queue[Any] = queue.Queue(depth)
 
     def fill() -> None:
-        for item in items:
-            made.put(item)
-        made.put(None)
+        try:
+            for item in items:
+                made.put(item)
+        finally:  # after a failure, whose traceback Python prints, nobody must wait
+            made.put(None)
 
     threading.Thread(target=fill, daemon=True).start()
     while (item := made.get()) is not None:
@@ -329,8 +331,9 @@ def show(part: dict[str, Any], batch: int) -> None:
     loads = part["loading_images_per_s"]
     print(f"  optkit's loading alone: {loads['first']:.0f} images/s at first, then {loads['again']:.0f}")
     ratio, (low, high) = part["ratio"]["estimate"], part["ratio"]["interval"]
-    verdict = "met" if low >= BAR else ("missed" if high < BAR else "open")
-    trust = "" if part["ratio"]["reliable"] else " (too few rounds for this interval)"
+    sure = part["ratio"]["reliable"]
+    verdict = "met" if sure and low >= BAR else ("missed" if sure and high < BAR else "open")
+    trust = "" if sure else " (too few rounds for this interval)"
     print(
         f"  optkit / plain: {ratio:.3f} [{low:.3f}, {high:.3f}] over {part['ratio']['rounds']} rounds{trust}; "
         f"bar {BAR}: {verdict}",

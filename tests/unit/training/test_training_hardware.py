@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import threading
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
@@ -11,10 +13,10 @@ from torch import nn
 
 from optkit.errors import DataError
 from optkit.metrics import Batch, Top1
-from optkit.models import Signature, TensorSpec
-from optkit.training import Objective, Training
+from optkit.models import Signature, TensorSpec, TorchModel
+from optkit.training import Hooks, Objective, Training, train
 from optkit.training.hardware import Hardware, hardware_for
-from optkit.training.hooks import NO_HOOKS
+from optkit.training.hooks import NO_HOOKS, HookCalls
 from optkit.training.learner import Learner
 from optkit.training.samples import ahead
 
@@ -119,3 +121,43 @@ def test_without_a_gpu_or_if_told_so_it_is_the_cpu_in_float32():
     assert not hardware.scaler().is_enabled()
     module = net()
     assert hardware.shared(module) is module
+
+
+@dataclass(frozen=True)
+class Pretended(Hardware):
+    """A GPU whose memory is the processor's."""
+
+    @property
+    def is_cpu(self) -> bool:
+        return False
+
+
+@pytest.mark.parametrize("hooked", [False, True], ids=["pinned by a thread", "pinned after the hook"])
+def test_batches_take_the_way_to_a_gpu_and_teach_the_same(taught, student, monkeypatch, hooked):
+    pinned: list[str] = []
+
+    def pin_memory(tensor: torch.Tensor) -> torch.Tensor:
+        pinned.append(threading.current_thread().name)
+        return tensor.clone()
+
+    class Mirrors(Hooks):
+        def batch(self, batch, rng):
+            return replace(batch, feeds={name: array[::-1] for name, array in batch.feeds.items()})
+
+    def run() -> TorchModel:
+        hooks = HookCalls((Mirrors if hooked else Hooks)(taught))
+        # Not adamw, which makes as much of the rounding of a gradient that is zero as of a gradient
+        settings = Training(epochs=3, batch_size=32, optimizer="sgd", learning_rate=0.03, readers=3)
+        return train(student, settings, taught, teacher=taught.original, hooks=hooks)
+
+    there = run()
+    monkeypatch.setattr(torch.Tensor, "pin_memory", pin_memory)
+    monkeypatch.setattr("optkit.training.loop.hardware_for", lambda settings: Pretended(torch.device("cpu")))
+    here = run()
+    for name, value in there.module.state_dict().items():
+        # The optimizer's one kernel rounds in another place
+        torch.testing.assert_close(here.module.state_dict()[name], value, rtol=1e-3, atol=1e-4)
+    assert here.records["training"]["steps"] == there.records["training"]["steps"]
+    beside = [name for name in pinned if name != threading.main_thread().name]
+    judged = 4  # once before and after each epoch: 30 held-out points are one batch
+    assert len(beside) == judged + (0 if hooked else here.records["training"]["steps"])

@@ -84,6 +84,10 @@ class Bench:
             row["with_transfers_ms"] = {
                 key: 1e3 * float(np.median(runner.time(feeds, 200, transfers=True))) for key, runner in runners.items()
             }
+            row["layers_us"] = {
+                key: {layer["name"]: round(1e6 * layer["seconds"], 2) for layer in runner.profile(feeds)}
+                for key, runner in runners.items()
+            }
         row["seconds"] = round(time.monotonic() - started, 1)
         self.document["runs"].append(row)
         self.save()

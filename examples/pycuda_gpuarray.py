@@ -4,10 +4,8 @@
     optkit compile model.pt2 --precision fp16 --target tensorrt --out bundle
     python examples/pycuda_gpuarray.py bundle
 
-Not run so far: no machine with a GPU and PyCUDA was at hand. ``tests/gpu`` runs it where there is one.
-
-An engine takes whatever has ``__cuda_array_interface__`` (PyCUDA, CuPy, PyTorch). TensorRT runs in a process of its
-own, so inputs are copied to it through host memory: this is a convenience, not zero-copy.
+An engine takes whatever has ``__cuda_array_interface__`` (PyCUDA, CuPy, PyTorch), and then gives arrays that have it.
+TensorRT runs in a process of its own: inputs and outputs are copied within the GPU, not through host memory.
 """
 
 from __future__ import annotations
@@ -21,7 +19,7 @@ import optkit
 
 
 def run(path: str) -> dict[str, Any]:
-    """The outputs of a bundle's engine for random inputs, on the GPU again."""
+    """The outputs of a bundle's engine for random inputs, as PyCUDA's arrays."""
     import pycuda.autoinit  # noqa: F401 (makes the context that the arrays below belong to)
     from pycuda import gpuarray
 
@@ -29,7 +27,7 @@ def run(path: str) -> dict[str, Any]:
     feeds = bundle.signature.random_feeds(np.random.default_rng(0))
     on_gpu = {name: gpuarray.to_gpu(array) for name, array in feeds.items()}
     outputs = bundle(on_gpu)
-    return {name: gpuarray.to_gpu(np.ascontiguousarray(array)) for name, array in outputs.items()}
+    return {name: gpuarray.GPUArray(a.shape, a.dtype, gpudata=a.pointer, base=a) for name, a in outputs.items()}
 
 
 if __name__ == "__main__":

@@ -76,6 +76,7 @@ class Row:
         p95: in seconds; None with too few calls for it.
         speed: how many times as fast as ``against``; None for the first on its device, which the others are held to.
         cosine: of the outputs with those of the first contestant.
+        calls_at_once: how many calls were under way while each was timed.
     """
 
     contestant: str
@@ -87,11 +88,12 @@ class Row:
     against: str
     speed: Interval | None
     cosine: float
+    calls_at_once: int = 1
 
     @property
     def throughput(self) -> float:
         """Samples per second."""
-        return self.batch / self.median.estimate
+        return self.calls_at_once * self.batch / self.median.estimate
 
     def meets(self, bound: float) -> bool | None:
         """Whether the 95th percentile is within a bound in seconds; None if there are too few calls to tell."""
@@ -135,6 +137,7 @@ def bench(
     *,
     on: Sequence[str] = PLATFORMS,
     batches: Sequence[int] | None = None,
+    contexts: Sequence[int] = (1,),
     bound: float | None = None,
     progress: Progress = silent,
 ) -> Bench:
@@ -151,6 +154,8 @@ def bench(
             ``gate.confidence`` apply to everyone.
         on: names from ``PLATFORMS``; the first that runs is what the others on its device are held to.
         batches: the sizes of the batch; None for ``BATCHES``, or for the only one that the model takes.
+        contexts: how many calls at once, on targets that have execution contexts (TensorRT); each number is a
+            contestant.
         bound: a latency in seconds; the table then says which batch keeps to it.
         progress: draws a progress bar over long loops.
 
@@ -179,7 +184,7 @@ def bench(
         start, sizes = _load(source, first, data, batches)
         context = Context(first.target, Path(scratch), data, first.seed, threads, progress)
         exports = _Exports(start)
-        contestants = [one for platform in on for one in _contestants(platform, exports, loaded, context)]
+        contestants = [one for platform in on for one in _contestants(platform, exports, loaded, contexts, context)]
         heats = [_run(contestants, _at(start.signature, batch), first, context) for batch in sizes]
     return _reported(heats, contestants, first, start.signature, bound)
 
@@ -187,14 +192,18 @@ def bench(
 # Who takes part
 
 
-def _contestants(platform: str, exports: _Exports, recipes: Sequence[Recipe], context: Context) -> Iterator[Contestant]:
+def _contestants(
+    platform: str, exports: _Exports, recipes: Sequence[Recipe], contexts: Sequence[int], context: Context
+) -> Iterator[Contestant]:
     if platform == TORCH:
         yield from _torch(exports.start, context)
         return
     for recipe in recipes:
         target = recipe.target if recipe.target.name == platform else _TARGET.validate_python({"name": platform})
-        graph = _Graph(recipe, exports, replace(context, target=target))
-        yield Contestant(f"{platform} {recipe.name}", graph.open)
+        for count in contexts if "contexts" in type(target).model_fields else (1,):
+            side_by_side = target.model_copy(update={"contexts": count}) if count > 1 else target
+            graph = _Graph(recipe, exports, replace(context, target=side_by_side))
+            yield Contestant(f"{platform} {recipe.name}" + (f", {count} at once" if count > 1 else ""), graph.open)
 
 
 def _torch(start: TorchModel | OnnxModel, context: Context) -> Iterator[Contestant]:
@@ -385,6 +394,7 @@ def _rows(
             against=leader,
             speed=None if leader == name else ratio_of_rounds(timings[leader].rounds, timed.rounds, confidence, rng),
             cosine=compare(outputs[entrants[0].name], outputs[name]).cosine,
+            calls_at_once=timed.environment.calls_at_once,
         )
 
 

@@ -102,17 +102,19 @@ class Bundle:
         recipe = self.recipe
         return recipe.target.open(self.engine, recipe.threads or self.manifest["threads"])
 
-    def __call__(self, *inputs: Any, **named: Any) -> dict[str, np.ndarray[Any, Any]]:
+    def __call__(self, *inputs: Any, **named: Any) -> dict[str, Any]:
         """Run the engine.
 
         Args:
             inputs: one mapping of arrays by name, or the arrays in the order of the signature: NumPy arrays, CPU
                 tensors, whatever has ``__dlpack__``, and, where the engine runs on a GPU, what lies there and has
-                ``__cuda_array_interface__`` (it is copied). Shapes and dtypes are those of ``signature``.
+                ``__cuda_array_interface__`` (it is copied within the GPU where the system shares GPU memory between
+                processes, else through host memory). Shapes and dtypes are those of ``signature``.
             named: arrays by name.
 
         Returns:
-            The outputs by name, as NumPy arrays, which speak DLPack too.
+            The outputs by name: NumPy arrays, which speak DLPack too; if an input lies on the GPU, arrays there that
+            have ``__cuda_array_interface__``, and ``get()`` for a copy in host memory.
 
         Raises:
             UsageError: an input is missing, unknown, no array, not of the signature's dtype and shape, or lies on a GPU

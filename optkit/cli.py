@@ -617,6 +617,9 @@ def time_side_by_side(
     batch: Annotated[
         str | None, typer.Option(metavar="N,N", help="Batch sizes [1,8,32,128, or the only one the model takes].")
     ] = None,
+    contexts: Annotated[
+        str, typer.Option(metavar="N,N", help="Calls side by side, each number a row (TensorRT).")
+    ] = "1",
     bound: Annotated[
         str | None, typer.Option(metavar="TIME", help="Latency to keep to, as 5ms: says which batch does.")
     ] = None,
@@ -643,7 +646,8 @@ def time_side_by_side(
             checkpoint,
             chosen,
             on=PLATFORMS if on is None else _words(on),
-            batches=None if batch is None else _sizes(batch),
+            batches=None if batch is None else _sizes("batch", batch),
+            contexts=_sizes("contexts", contexts),
             bound=None if bound is None else _seconds(bound),
             progress=progress,
         )
@@ -659,9 +663,9 @@ def _words(text: str) -> list[str]:
     return [word.strip() for word in text.split(",") if word.strip()]
 
 
-def _sizes(text: str) -> list[int]:
+def _sizes(option: str, text: str) -> list[int]:
     if not all(word.isdigit() and int(word) for word in _words(text)) or not _words(text):
-        raise UsageError(f"--batch {text}: write sizes, as in --batch 1,8,32")
+        raise UsageError(f"--{option} {text}: write numbers, as in --{option} 1,8,32")
     return [int(word) for word in _words(text)]
 
 

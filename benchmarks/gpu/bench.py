@@ -24,11 +24,10 @@ import numpy as np
 from benchmarks.gpu.prepare import prepare_in_background, torch_model
 from optkit.context import Context
 from optkit.data import random_data
-from optkit.models import Engine, Feeds, OnnxModel, Signature, TorchModel
+from optkit.models import DimRange, Engine, Feeds, OnnxModel, Signature, TorchModel
 from optkit.numerics import compare
 from optkit.passes.build_engine import BuildEngine
-from optkit.passes.graph_edit import infer_types
-from optkit.passes.optimize_graph import OptimizeGraph
+from optkit.passes.fix_sizes import fix_sizes
 from optkit.recipe import LatencySettings
 from optkit.targets import cuda
 from optkit.targets.base import Runner
@@ -59,14 +58,13 @@ class Bench:
         """Build both engines for a batch size, and time everyone."""
         started = time.monotonic()
         torch_side = torch_model(name)
-        signature = _fixed(torch_side.signature, batch)
+        signature = replace(torch_side.signature, dims={"batch": DimRange(batch, batch, batch)})
         torch_side = replace(torch_side, signature=signature)
         context = Context(
             self.target, Path(tempfile.mkdtemp(dir=self.work)), random_data(signature), threads=self.threads
         )
         graphs = {
-            p: _with_batch(_load(self.work / f"{name}-{p}.onnx", signature), batch, context)
-            for p in ("fp32", "fp16", "int8")
+            p: fix_sizes(_load(self.work / f"{name}-{p}.onnx", signature), context) for p in ("fp32", "fp16", "int8")
         }
         engines = {p: self.build(f"{name} batch {batch} {p}", graphs[p], context) for p in ("fp16", "int8")}
         row: dict[str, Any] = {"model": name, "batch": batch, "failed": {}}
@@ -177,32 +175,10 @@ def _accuracy(
     }
 
 
-def _fixed(signature: Signature, batch: int) -> Signature:
-    def fix(specs: Any) -> Any:
-        return tuple(replace(spec, shape=spec.sized({"batch": batch})) for spec in specs)
-
-    return Signature(fix(signature.inputs), fix(signature.outputs))
-
-
 def _load(path: Path, signature: Signature) -> OnnxModel:
     import onnx_ir as ir
 
     return OnnxModel(ir.load(path), signature)
-
-
-def _with_batch(model: OnnxModel, batch: int, context: Context) -> OnnxModel:
-    """The graph at one batch size: shapes inferred anew, and folded where they are known now."""
-    import onnx_ir as ir
-
-    for value in (*model.ir.graph.inputs, *model.ir.graph.outputs):
-        assert value.shape is not None
-        value.shape = ir.Shape([dim if isinstance(dim, int) else batch for dim in value.shape])
-    for node in model.ir.graph:
-        for value in node.outputs:
-            if not value.is_graph_output():
-                value.shape = None
-    infer_types(model.ir)
-    return OptimizeGraph().run(model, context)
 
 
 def _gpu() -> dict[str, Any]:

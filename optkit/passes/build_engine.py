@@ -10,6 +10,7 @@ from optkit.context import Context
 from optkit.errors import UnavailableError
 from optkit.models import Engine, OnnxModel
 from optkit.passes.base import BuildPass
+from optkit.passes.fix_sizes import fix_sizes
 from optkit.passes.legalize import legalize
 from optkit.targets import AnyTarget, named_target
 
@@ -29,4 +30,6 @@ class BuildEngine(BuildPass):
 
     def run(self, model: OnnxModel, context: Context) -> Engine:
         """The engine, in the scratch folder, from the model as the target's builder reads it."""
-        return self.target.build(legalize(model, self.target.dialect, context), context.scratch, context)
+        dialect = self.target.dialect
+        sized = fix_sizes(model, context) if dialect.tunes_for_shapes else model
+        return self.target.build(legalize(sized, dialect, context), context.scratch, context)

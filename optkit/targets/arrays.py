@@ -28,6 +28,22 @@ def lies_on_gpu(value: Any) -> bool:
     return hasattr(value, "__dlpack_device__") and int(value.__dlpack_device__()[0]) in _ON_GPU
 
 
+def described(value: Any) -> Mapping[str, Any]:
+    """The ``__cuda_array_interface__`` of an array on a GPU.
+
+    Raises:
+        UsageError: it speaks DLPack only.
+    """
+    value = _detached(value)
+    if not hasattr(value, "__cuda_array_interface__"):
+        raise UsageError(
+            f"a {type(value).__name__} on the GPU without __cuda_array_interface__ cannot be read: "
+            "hand over a copy in host memory"
+        )
+    interface: Mapping[str, Any] = value.__cuda_array_interface__
+    return interface
+
+
 def on_host(feeds: Mapping[str, Any]) -> dict[str, np.ndarray[Any, Any]]:
     """NumPy arrays of feeds: what lies in host memory is shared, what lies on a GPU is copied from there.
 
@@ -46,16 +62,11 @@ def as_numpy(value: Any, name: str) -> np.ndarray[Any, Any]:
     if isinstance(value, np.ndarray):
         return value
     value = _detached(value)
-    if hasattr(value, "__cuda_array_interface__"):
+    if lies_on_gpu(value):
         try:
-            return cuda.to_host(value.__cuda_array_interface__)
+            return cuda.to_host(described(value))
         except UsageError as error:
             raise UsageError(f"input {name!r}: {error}") from error
-    if lies_on_gpu(value):
-        raise UsageError(
-            f"input {name!r}: a {type(value).__name__} on the GPU without __cuda_array_interface__ cannot be read: "
-            "hand over a copy in host memory"
-        )
     try:
         if _is_tensor(value):
             from optkit.targets.pytorch import to_numpy  # NumPy's DLPack has no bfloat16

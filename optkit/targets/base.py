@@ -86,6 +86,7 @@ class Dialect:
         builder_opset: the highest opset that the builder itself reads, if that is lower: the build lowers the graph.
         lacks: ops that the builder itself lacks: the build expresses them with others.
         explicit: whether the builder needs kernel shapes and zero points written where ONNX has a default.
+        tunes_for_shapes: whether kernels are chosen by shapes, so that the builder should know every fixed size.
         width_multiple: what numbers of channels its kernels take without padding.
         sparse: whether it will use kernels for 2:4 sparse weights; False if it has them and they were not asked for,
             None if it has none.
@@ -99,17 +100,26 @@ class Dialect:
     builder_opset: int | None = None
     lacks: frozenset[str] = frozenset()
     explicit: bool = False
+    tunes_for_shapes: bool = False
     width_multiple: int = 8
     sparse: bool | None = None
 
 
 @dataclass(frozen=True)
 class Environment:
-    """Where a runner ran: what is printed beside every latency."""
+    """Where a runner ran: what is printed beside every latency.
+
+    Attributes:
+        device: its name.
+        runtime: what ran there, with its version.
+        settings: whatever changes the latency.
+        calls_at_once: how many calls are under way while each is timed.
+    """
 
     device: str
     runtime: str
     settings: dict[str, Any] = field(default_factory=dict)
+    calls_at_once: int = 1
 
 
 @dataclass(frozen=True)

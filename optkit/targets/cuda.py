@@ -83,7 +83,7 @@ def clocks() -> dict[str, int]:
     return found
 
 
-def to_host(described: Mapping[str, Any], library: str = LIBRARY) -> np.ndarray[Any, Any]:
+def to_host(described: Mapping[str, Any]) -> np.ndarray[Any, Any]:
     """A copy of an array that lies on a GPU, as its ``__cuda_array_interface__`` describes it.
 
     Raises:
@@ -92,27 +92,70 @@ def to_host(described: Mapping[str, Any], library: str = LIBRARY) -> np.ndarray[
     import numpy as np
 
     array = np.empty(described["shape"], described["typestr"])
-    if described.get("strides") not in (None, array.strides):
-        raise UsageError("an array on the GPU must lie in C order: make it contiguous")
-    if not array.nbytes:
-        return array
-    try:
-        driver = ctypes.CDLL(library)
-    except OSError as error:
-        raise UsageError(f"it lies on a GPU, and there is no NVIDIA driver ({library} cannot be loaded)") from error
-    pointer, stream = ctypes.c_uint64(described["data"][0]), described.get("stream")
-    with _context_of(driver, pointer):
-        # PyTorch names no stream: whatever works on the array in its context must have ended
-        code = driver.cuCtxSynchronize() if stream is None else driver.cuStreamSynchronize(ctypes.c_void_p(stream))
-        if code == 0:
-            code = driver.cuMemcpyDtoH_v2(array.ctypes.data_as(ctypes.c_void_p), pointer, ctypes.c_size_t(array.nbytes))
-    if code != 0:
-        raise UsageError(f"an array on the GPU cannot be read ({_error_name(driver, code)})")
+    if array.nbytes:
+        with settled(described) as (pointer, _):
+            to, size = array.ctypes.data_as(ctypes.c_void_p), ctypes.c_size_t(array.nbytes)
+            driver = _driver()
+            _check(driver, driver.cuMemcpyDtoH_v2(to, ctypes.c_uint64(pointer), size))
     return array
 
 
 @contextlib.contextmanager
-def _context_of(driver: Any, pointer: ctypes.c_uint64) -> Iterator[None]:
+def settled(described: Mapping[str, Any]) -> Iterator[tuple[int, int]]:
+    """Where an array on a GPU lies and the context that it belongs to, which is current within; no work on it is left.
+
+    Raises:
+        UsageError: its elements do not lie one after the other in C order, or it is not where it says it is.
+    """
+    import numpy as np
+
+    packed: list[int] = []
+    step = np.dtype(described["typestr"]).itemsize
+    for size in reversed(described["shape"]):
+        packed.insert(0, step)
+        step *= size
+    if described.get("strides") not in (None, tuple(packed)):
+        raise UsageError("an array on the GPU must lie in C order: make it contiguous")
+    driver = _driver()
+    pointer, stream = ctypes.c_uint64(described["data"][0]), described.get("stream")
+    with _context_of(driver, pointer) as context:
+        # PyTorch names no stream: whatever works on the array in its context must have ended
+        waited = driver.cuCtxSynchronize() if stream is None else driver.cuStreamSynchronize(ctypes.c_void_p(stream))
+        _check(driver, waited)
+        yield pointer.value, context
+
+
+@contextlib.contextmanager
+def kept_context() -> Iterator[None]:
+    """Whatever is made current within, leave the caller's context current: PyCUDA has one of its own."""
+    try:
+        driver = ctypes.CDLL(LIBRARY)
+    except OSError:
+        yield
+        return
+    context = ctypes.c_void_p()
+    driver.cuInit(0)
+    driver.cuCtxGetCurrent(ctypes.byref(context))
+    try:
+        yield
+    finally:
+        driver.cuCtxSetCurrent(context)
+
+
+def _driver() -> Any:
+    try:
+        return ctypes.CDLL(LIBRARY)
+    except OSError as error:
+        raise UsageError(f"it lies on a GPU, and there is no NVIDIA driver ({LIBRARY} cannot be loaded)") from error
+
+
+def _check(driver: Any, code: int) -> None:
+    if code != 0:
+        raise UsageError(f"an array on the GPU cannot be read ({_error_name(driver, code)})")
+
+
+@contextlib.contextmanager
+def _context_of(driver: Any, pointer: ctypes.c_uint64) -> Iterator[int]:
     """Make the context current that a pointer belongs to, and afterwards again what the caller had.
 
     PyCUDA makes a context of its own; PyTorch, CuPy and the CUDA runtime share the device's primary one. Memory from a
@@ -127,7 +170,7 @@ def _context_of(driver: Any, pointer: ctypes.c_uint64) -> Iterator[None]:
         driver.cuDevicePrimaryCtxRetain(ctypes.byref(context), device)
     driver.cuCtxPushCurrent_v2(context)
     try:
-        yield
+        yield context.value or 0
     finally:
         driver.cuCtxPopCurrent_v2(ctypes.byref(ctypes.c_void_p()))
         if retained:

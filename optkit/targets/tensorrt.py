@@ -59,6 +59,9 @@ class TensorRtTarget(Target):
     """Let TensorRT before 11 borrow kernels from cuBLAS and cuDNN, which must be installed then."""
     cuda_graph: bool = True
     """Replay a captured CUDA graph where the engine allows it."""
+    contexts: int = Field(default=1, ge=1, le=16)
+    """How many calls are timed side by side, each in an execution context of its own: throughput rises with them, and
+    so does the latency of each call."""
     timeout: float = Field(default=3600, gt=0)
     """Seconds until a build or a run that has not ended is killed."""
     memory_mb: int | None = Field(default=None, ge=1)
@@ -81,6 +84,7 @@ class TensorRtTarget(Target):
             builder_opset=None if typed else 17,
             lacks=_lacking(features),
             explicit=not typed,
+            tunes_for_shapes=True,
             width_multiple=16,
             sparse=self.sparsity,
         )
@@ -115,7 +119,7 @@ class TensorRtTarget(Target):
             "float32": weak.get("float32", []),
             "options": self._options(),
             "timing_cache": self._timing_cache_file(),
-            "profiles": tensorrt_plan.profiles(model.signature, self.profiles),
+            "profiles": self._profiles(model),
             "inspect": True,
         }
         told = tensorrt_plan.build(model, folder, options, self._limits, context.progress)
@@ -138,6 +142,11 @@ class TensorRtTarget(Target):
         flags = ("version_compatible", "refit", "strip", "sparsity")
         return {**chosen, **{name: True for name in flags if getattr(self, name)}}
 
+    def _profiles(self, model: OnnxModel) -> list[dict[str, list[list[int]]]]:
+        """Before 10, contexts that work side by side cannot share a profile."""
+        made = tensorrt_plan.profiles(model.signature, self.profiles)
+        return made if self.dialect.typed else made * self.contexts
+
     def _timing_cache_file(self) -> str | None:
         if self.timing_cache is None:
             return None
@@ -150,12 +159,12 @@ class TensorRtTarget(Target):
     def open(self, engine: Engine, threads: int) -> TensorRtRunner:
         """Open the plan in a worker process."""
         settings = {"tf32": self.tf32, "cuda_graph": self.cuda_graph}
-        return TensorRtRunner(engine, MODULE, self._limits, self.cuda_graph, settings)
+        return TensorRtRunner(engine, MODULE, self._limits, settings, self.contexts)
 
     def profiler(self, engine: Engine, model: OnnxModel, threads: int) -> TensorRtProfiler:
         """Open the plan in a worker process for profiling, without CUDA graphs, which have no layers to time."""
         settings = {"tf32": self.tf32, "cuda_graph": False}
-        return TensorRtProfiler(TensorRtRunner(engine, MODULE, self._limits, False, settings), engine, model)
+        return TensorRtProfiler(TensorRtRunner(engine, MODULE, self._limits, settings), engine, model)
 
     def versions(self) -> dict[str, str]:
         """The version of TensorRT and the GPU, if the worker's Python has the one and this machine the other."""

@@ -49,6 +49,7 @@ class TensorRtRtxTarget(Target):
             int8=TENSORRT,
             opsets=(13, 25),
             floats=frozenset({"float32", "float16", "bfloat16"}),
+            tunes_for_shapes=True,
             width_multiple=16,
         )
 

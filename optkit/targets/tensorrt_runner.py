@@ -10,10 +10,12 @@ import numpy as np
 from optkit.errors import PassError, UnavailableError, UsageError
 from optkit.models import Engine, Feeds, OnnxModel
 from optkit.targets import cuda
-from optkit.targets.arrays import on_host
+from optkit.targets.arrays import as_numpy, lies_on_gpu, on_host
 from optkit.targets.base import Environment, check_feeds
 from optkit.targets.engine_layers import nodes_of_layers
+from optkit.targets.gpu_exchange import Exchange, GpuArray, RunError
 from optkit.targets.profiling import LayerTime
+from optkit.targets.worker.gpu import CudaError
 from optkit.targets.worker_client import Limits, Worker
 
 _CANNOT_LOAD = "build it again on this machine: optkit verify BUNDLE --rebuild"
@@ -23,21 +25,31 @@ class TensorRtRunner:
     """An engine that is open in a worker process of its own.
 
     ``time`` gives the time on the GPU between two CUDA events; transfers are excluded unless they are asked for. Inputs
-    may be NumPy arrays or whatever has ``__cuda_array_interface__`` or ``__dlpack__``.
+    may be NumPy arrays or whatever has ``__cuda_array_interface__`` or ``__dlpack__``. Outputs lie where inputs lie.
+
+    Args:
+        engine: the plan, its signature and its records.
+        module: ``tensorrt`` or ``tensorrt_rtx``.
+        limits: what the worker may take.
+        settings: for the report; ``cuda_graph`` in it says whether to replay graphs.
+        contexts: how many execution contexts work side by side when calls are timed.
 
     Raises:
         UnavailableError: the engine cannot run on this machine.
         UsageError: the file is not an engine of that signature.
     """
 
-    def __init__(self, engine: Engine, module: str, limits: Limits, cuda_graph: bool, settings: Mapping[str, Any]):
+    def __init__(
+        self, engine: Engine, module: str, limits: Limits, settings: Mapping[str, Any], contexts: int = 1
+    ) -> None:
         self.signature = engine.signature
+        self._exchange: Exchange | None = None
         if not engine.path.is_file():
             raise UsageError(f"{engine.path} does not exist")
         self._worker = Worker(limits)
         try:
-            request = {"do": "open", "module": module, "plan": str(engine.path.resolve()), "cuda_graph": cuda_graph}
-            told = self._worker.call(request)
+            plan = {"module": module, "plan": str(engine.path.resolve())}
+            told = self._worker.call({"do": "open", **plan, "cuda_graph": settings["cuda_graph"], "contexts": contexts})
             if "error" in told:
                 reason = f"{engine.path} cannot be opened by TensorRT: {told['text']}"
                 raise UnavailableError(f"{reason}: {_CANNOT_LOAD}")
@@ -47,18 +59,40 @@ class TensorRtRunner:
             raise
         found = cuda.detect()
         device = found.gpus[0].name if found.gpus else "GPU"
-        self.environment = Environment(device, f"{module} {told['version']}", {**settings, "calls": "in a worker"})
+        shown = {**settings, "calls": "in a worker", **({"contexts": contexts} if contexts > 1 else {})}
+        self.environment = Environment(device, f"{module} {told['version']}", shown, calls_at_once=contexts)
 
-    def run(self, feeds: Feeds) -> dict[str, np.ndarray[Any, Any]]:
-        """Outputs by name for one batch of feeds.
+    def run(self, feeds: Mapping[str, Any]) -> dict[str, Any]:
+        """Outputs by name for one batch of feeds: NumPy arrays, or ``GpuArray`` if one of the feeds lies on the GPU.
 
         Raises:
             UsageError: a feed is missing, unknown, or not of the signature's dtype and shape.
             PassError: TensorRT failed to run the engine.
         """
+        if any(lies_on_gpu(value) for value in feeds.values()):
+            return self._run_on_gpu(feeds)
         reply = self._ask("run", on_host(feeds))
         given = reply["arrays"]
         return {spec.name: _typed(given[spec.name], spec.dtype) for spec in self.signature.outputs}
+
+    def _run_on_gpu(self, feeds: Mapping[str, Any]) -> dict[str, GpuArray]:
+        """Within the GPU where its memory can be shared with the worker, else through host memory."""
+        self._exchange = exchange = self._exchange or Exchange(self.signature, self._worker.call)
+        settings = self.environment.settings
+        if "gpu_arrays" not in settings:
+            try:
+                return exchange.run(
+                    {name: value if lies_on_gpu(value) else as_numpy(value, name) for name, value in feeds.items()}
+                )
+            except CudaError as error:
+                if error.out_of_memory:
+                    raise _failure({"text": str(error), "out_of_memory": True}, "") from error
+                settings["gpu_arrays"] = f"through host memory: {error}"
+            except RunError as error:
+                if "the data decide" not in str(error) and error.reply["error"] != "cuda":
+                    raise _failure(error.reply, self._worker.log()) from error
+                settings["gpu_arrays"] = f"through host memory: {error}"
+        return {name: exchange.upload(array) for name, array in self.run(on_host(feeds)).items()}
 
     def time(self, feeds: Feeds, rounds: int, transfers: bool = False) -> np.ndarray[Any, Any]:
         """Seconds on the GPU of each of ``rounds`` calls; with ``transfers``, copies to and from pinned memory too."""
@@ -74,6 +108,8 @@ class TensorRtRunner:
 
     def close(self) -> None:
         """End the worker."""
+        if self._exchange is not None:
+            self._exchange.close()
         self._worker.close()
 
     def __enter__(self) -> TensorRtRunner:

@@ -38,6 +38,7 @@ def test_a_bundle_takes_tensors_on_the_gpu(bundle):
     tensor = torch.from_numpy(X).cuda().requires_grad_()
     assert lies_on_gpu(tensor)
     np.testing.assert_array_equal(bundle(tensor)["y"], wanted)
+    np.testing.assert_array_equal(torch.as_tensor(bundle(tensor)["y"], device="cuda").cpu().numpy(), wanted)
     with torch.cuda.stream(torch.cuda.Stream()):  # one that the default stream does not wait for
         busy = torch.ones((4096, 4096), device="cuda")
         for _ in range(20):

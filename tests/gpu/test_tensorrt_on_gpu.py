@@ -14,6 +14,7 @@ from optkit.numerics import compare
 from optkit.passes.build_engine import BuildEngine
 from optkit.quantize.placement import name_nodes
 from optkit.targets import cuda
+from optkit.targets.arrays import lies_on_gpu
 from optkit.targets.onnxruntime import open_onnx
 from optkit.targets.tensorrt import TensorRtTarget
 from optkit.targets.worker.gpu import Cuda, CudaError
@@ -191,16 +192,53 @@ def test_tells_the_time_of_layers_with_their_nodes(target, conv, context):
     assert "Conv_0" in {name for layer in layers for name in layer.nodes}
 
 
-def test_takes_what_lies_on_the_gpu(target, conv, context):
+def test_takes_and_gives_what_lies_on_the_gpu(target, conv, context):
     torch = pytest.importorskip("torch")
     if not torch.cuda.is_available():
         pytest.skip("torch sees no GPU")
     model = conv()
-    feeds = feeds_of(model)
     with target.open(build(target, model, context), 1) as runner:
-        wanted = runner.run(feeds)["y"]
-        np.testing.assert_array_equal(runner.run({"x": torch.from_numpy(feeds["x"]).cuda()})["y"], wanted)
-        np.testing.assert_array_equal(runner.run({"x": torch.from_numpy(feeds["x"])})["y"], wanted)
+        for batch in (4, 8, 2):  # buffers grow and shrink
+            feeds = feeds_of(model, batch)
+            wanted = runner.run(feeds)["y"]
+            assert isinstance(wanted, np.ndarray)
+            np.testing.assert_array_equal(runner.run({"x": torch.from_numpy(feeds["x"])})["y"], wanted)
+            given = runner.run({"x": torch.from_numpy(feeds["x"]).cuda()})["y"]
+            assert lies_on_gpu(given) and given.shape == wanted.shape and given.dtype == wanted.dtype
+            np.testing.assert_array_equal(given, wanted)
+            np.testing.assert_array_equal(torch.as_tensor(given, device="cuda").cpu().numpy(), wanted)
+        assert "gpu_arrays" not in runner.environment.settings, "it went through host memory"
+        again = runner.run({"x": given})["y"] if given.shape == feeds["x"].shape else given
+        assert lies_on_gpu(again)
+        with pytest.raises(UsageError, match=r"input 'x': float32\[N,32,28,28\] is wanted"):
+            runner.run({"x": torch.zeros((1, 32, 28, 28), device="cuda", dtype=torch.float16)})
+        np.testing.assert_array_equal(given, wanted)  # what was given stays what it was
+
+
+def test_arrays_on_the_gpu_go_through_the_host_where_types_differ(target, onnx_model, context):
+    """TensorRT before 10 has INT32 where the signature has INT64; any version shares no outputs of unknown shape."""
+    torch = pytest.importorskip("torch")
+    if not torch.cuda.is_available():
+        pytest.skip("torch sees no GPU")
+    model = onnx_model("g (float[16] x) => (int64[1,A] y) { r = Relu(x) y = NonZero(r) }")
+    x = np.random.default_rng(0).standard_normal(16).astype(np.float32)
+    with target.open(build(target, model, context), 1) as runner:
+        for _ in range(2):
+            given = runner.run({"x": torch.from_numpy(x).cuda()})["y"]
+            np.testing.assert_array_equal(given, np.nonzero(np.maximum(x, 0)))
+        assert "through host memory" in runner.environment.settings["gpu_arrays"]
+
+
+def test_times_calls_side_by_side(target, conv, context):
+    model = conv("float16")
+    several = target.model_copy(update={"contexts": 3})
+    feeds = feeds_of(model)
+    with several.open(build(several, model, context), 1) as runner:
+        samples = runner.time(feeds, 300)
+        assert samples.shape == (300,) and (samples > 0).all()
+        assert runner.environment.calls_at_once == 3 and runner.environment.settings["cuda_graph"] is True
+        with open_onnx(model) as reference:
+            assert compare(reference.run(feeds), runner.run(feeds)).cosine > 0.9999
 
 
 def test_says_which_sizes_no_profile_takes(target, conv, context):

@@ -222,7 +222,7 @@ def test_the_command_prints_the_table_and_one_document(add, capsys):
     ("arguments", "code", "said"),
     [
         (["--bound", "5"], 2, "--bound 5: write a time with its unit"),
-        (["--batch", "one"], 2, "--batch one: write sizes"),
+        (["--batch", "one"], 2, "--batch one: write numbers"),
         (["--precision", "fp23"], 2, "--precision fp23: did you mean 'fp32'"),
         (["--precision", "fp32", "--recipe", "x.yaml"], 2, "exclude each other"),
         (["--on", "torch"], 4, "nobody can run this model here: PyTorch fp32: the model came as ONNX"),

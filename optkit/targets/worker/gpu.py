@@ -18,6 +18,13 @@ if TYPE_CHECKING:
 
 LIBRARY = "nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1"
 
+
+class _IpcHandle(ctypes.Structure):
+    """CUipcMemHandle: 64 bytes that another process opens the memory by."""
+
+    _fields_ = (("reserved", ctypes.c_ubyte * 64),)
+
+
 _P, _A, _S, _I, _U = ctypes.c_void_p, ctypes.c_uint64, ctypes.c_size_t, ctypes.c_int, ctypes.c_uint
 
 # name: symbol in the library, what it gives, what it takes
@@ -34,6 +41,11 @@ _FUNCTIONS: dict[str, tuple[str, Sequence[Any], Sequence[Any]]] = {
     "cuMemFreeHost": ("cuMemFreeHost", (), (_P,)),
     "cuMemcpyHtoDAsync": ("cuMemcpyHtoDAsync_v2", (), (_A, _P, _S, _P)),
     "cuMemcpyDtoHAsync": ("cuMemcpyDtoHAsync_v2", (), (_P, _A, _S, _P)),
+    "cuMemcpyPeer": ("cuMemcpyPeer", (), (_A, _P, _A, _P, _S)),
+    "cuCtxSynchronize": ("cuCtxSynchronize", (), ()),
+    "cuIpcGetMemHandle": ("cuIpcGetMemHandle", (_IpcHandle,), (_A,)),
+    "cuIpcOpenMemHandle": ("cuIpcOpenMemHandle_v2", (_A,), (_IpcHandle, _U)),
+    "cuIpcCloseMemHandle": ("cuIpcCloseMemHandle", (), (_A,)),
     "cuStreamCreate": ("cuStreamCreate", (_P,), (_U,)),
     "cuStreamSynchronize": ("cuStreamSynchronize", (), (_P,)),
     "cuStreamBeginCapture": ("cuStreamBeginCapture_v2", (), (_P, _I)),
@@ -54,6 +66,7 @@ _OUT_OF_MEMORY = 2  # CUDA_ERROR_OUT_OF_MEMORY
 _L2_BYTES = 38  # CU_DEVICE_ATTRIBUTE_L2_CACHE_SIZE
 _NON_BLOCKING = 1  # CU_STREAM_NON_BLOCKING
 _THREAD_LOCAL = 1  # CU_STREAM_CAPTURE_MODE_THREAD_LOCAL
+_LAZY_PEER_ACCESS = 1  # CU_IPC_MEM_LAZY_ENABLE_PEER_ACCESS
 
 
 class CudaError(Exception):
@@ -75,7 +88,8 @@ class Cuda:
     """
 
     def __init__(self, bindings: bool = True) -> None:
-        self._call, self.through = (_through_bindings() if bindings else None) or _through_ctypes()
+        self._plain, through = _through_ctypes()  # for what cuda-bindings wants objects of its own
+        self._call, self.through = (_through_bindings() if bindings else None) or (self._plain, through)
         self._call("cuInit", 0)
         self._device = self._call("cuDeviceGet", 0)
         self._context = self._call("cuDevicePrimaryCtxRetain", self._device)
@@ -130,6 +144,32 @@ class Cuda:
         """Copy to the host; it is there once the stream is synchronized."""
         if size:
             self._call("cuMemcpyDtoHAsync", host, pointer, size, stream)
+
+    def handle_of(self, pointer: int) -> bytes:
+        """What another process opens memory from ``allocate`` by.
+
+        Raises:
+            CudaError: this system shares no GPU memory between processes.
+        """
+        return bytes(self._plain("cuIpcGetMemHandle", pointer).reserved)
+
+    def open_handle(self, handle: bytes) -> int:
+        """The memory of another process; it must stay allocated there until it is closed here.
+
+        Raises:
+            CudaError: this system shares no GPU memory between processes.
+        """
+        return int(self._plain("cuIpcOpenMemHandle", _IpcHandle.from_buffer_copy(handle), _LAZY_PEER_ACCESS))
+
+    def close_handle(self, pointer: int) -> None:
+        """Let go of another process's memory."""
+        self._plain("cuIpcCloseMemHandle", pointer)
+
+    def copy(self, into: int, source: int, size: int, context: int | None = None) -> None:
+        """Copy within the GPU, and wait for it; ``source`` may belong to another ``context`` of this process."""
+        if size:
+            self._plain("cuMemcpyPeer", into, self._context, source, context or self._context, size)
+            self._plain("cuCtxSynchronize")
 
     def stream(self) -> int:
         """A new stream that does not wait for the default one."""
@@ -200,7 +240,7 @@ def _through_ctypes() -> tuple[Call, str]:
             text = ctypes.c_char_p()
             library.cuGetErrorName(code, ctypes.byref(text))
             raise CudaError(f"{name}: {(text.value or b'').decode() or code}", code)
-        return _one_or_all([result.value or 0 for result in results])
+        return _one_or_all([r if isinstance(r, ctypes.Structure) else r.value or 0 for r in results])
 
     return call, "ctypes"
 

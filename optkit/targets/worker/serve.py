@@ -53,6 +53,8 @@ def main() -> None:
         "inspect": build.inspect,
         "open": runtime.open,
         "run": runtime.run,
+        "share": runtime.share,
+        "run_shared": runtime.run_shared,
         "time": runtime.time,
         "profile": runtime.profile,
     }

@@ -9,7 +9,7 @@ from optkit.errors import PassError, UsageError
 from optkit.targets.tensorrt_runner import _failure
 from optkit.targets.worker.build import RefusalError
 from optkit.targets.worker.gpu import CudaError
-from optkit.targets.worker.run import _Session
+from optkit.targets.worker.run import _Queue, _Tensors
 
 
 class Profiles:
@@ -23,40 +23,58 @@ class Profiles:
         return self._profiles[index][name]
 
 
+LONG = {"x": ((1, 3, 8), (1, 3, 8), (1, 3, 64)), "mask": ((1, 8), (1, 8), (1, 64))}
+BATCHED = {"x": ((2, 3, 8), (8, 3, 32), (32, 3, 64)), "mask": ((2, 8), (8, 32), (32, 64))}
+
+
 @pytest.fixture
-def session():
-    made = _Session.__new__(_Session)
-    made._engine = Profiles(
-        {"x": ((1, 3, 8), (1, 3, 8), (1, 3, 64)), "mask": ((1, 8), (1, 8), (1, 64))},
-        {"x": ((2, 3, 8), (8, 3, 32), (32, 3, 64)), "mask": ((2, 8), (8, 32), (32, 64))},
-    )
-    made._inputs, made._dtypes = ["x", "mask"], {"x": "float32", "mask": "int32"}
+def queue():
+    """A queue of an engine with these profiles; ``number`` tells it from others of the same engine."""
+
+    def make(*profiles: dict[str, tuple[tuple[int, ...], ...]], number: int = 0) -> _Queue:
+        made = _Queue.__new__(_Queue)
+        made._engine, made._number = Profiles(*profiles), number
+        return made
+
+    return make
+
+
+@pytest.fixture
+def tensors():
+    made = _Tensors.__new__(_Tensors)
+    made.inputs, made.dtypes = ["x", "mask"], {"x": "float32", "mask": "int32"}
     return made
 
 
 @pytest.mark.parametrize(("batch", "length", "profile"), [(1, 8, 0), (1, 64, 0), (2, 8, 1), (32, 64, 1)])
-def test_takes_the_profile_that_fits(session, batch, length, profile):
-    assert session._fitting_profile({"x": (batch, 3, length), "mask": (batch, length)}) == profile
+def test_takes_the_profile_that_fits(queue, batch, length, profile):
+    assert queue(LONG, BATCHED)._fitting_profile({"x": (batch, 3, length), "mask": (batch, length)}) == profile
+
+
+@pytest.mark.parametrize(("number", "profile"), [(0, 1), (1, 2), (2, 2)])
+def test_each_queue_takes_a_fitting_profile_of_its_own_while_there_are_any(queue, number, profile):
+    shapes = {"x": (8, 3, 8), "mask": (8, 8)}
+    assert queue(LONG, BATCHED, BATCHED, number=number)._fitting_profile(shapes) == profile
 
 
 @pytest.mark.parametrize("shapes", [{"x": (33, 3, 8), "mask": (33, 8)}, {"x": (2, 3, 65), "mask": (2, 65)}])
-def test_a_shape_that_no_profile_takes_is_told_with_the_ranges(session, shapes):
+def test_a_shape_that_no_profile_takes_is_told_with_the_ranges(queue, shapes):
     with pytest.raises(RefusalError) as refusal:
-        session._fitting_profile(shapes)
+        queue(LONG, BATCHED)._fitting_profile(shapes)
     error = _failure({"error": "refused", "text": str(refusal.value)}, "the log")
     assert isinstance(error, UsageError)
     assert f"takes x {list(shapes['x'])}, mask {list(shapes['mask'])}" in str(error)
     assert "x from [2, 3, 8] to [32, 3, 64]" in str(error) and "widen `dims` in the recipe" in str(error)
 
 
-def test_refuses_values_that_an_old_engine_cannot_hold(session):
+def test_refuses_values_that_an_old_engine_cannot_hold(tensors):
     x = np.ones((2, 3, 8), np.float32)
-    prepared = session._prepared({"x": x, "mask": np.full((2, 8), 7, np.int64)})
+    prepared = tensors.prepared({"x": x, "mask": np.full((2, 8), 7, np.int64)})
     assert prepared["mask"].dtype == np.int32 and (prepared["mask"] == 7).all()
     with pytest.raises(RefusalError, match="'mask' has values that do not fit into the engine's int32"):
-        session._prepared({"x": x, "mask": np.full((2, 8), 1 << 40)})
+        tensors.prepared({"x": x, "mask": np.full((2, 8), 1 << 40)})
     with pytest.raises(RefusalError, match="input 'mask' is missing"):
-        session._prepared({"x": x})
+        tensors.prepared({"x": x})
 
 
 def test_tells_a_full_gpu_from_other_failures():

@@ -60,6 +60,8 @@ def run_passes(passes: Sequence[Pass[Any, Any]], model: Model, context: Context)
             f"PyTorch checkpoint, or drop {', '.join(left_out)} from the recipe"
         )
     context = with_original(context, model)
+    for step in passes[entry:]:
+        step.check_machine()  # before hours of other passes
     for step in context.progress(passes[entry:], "passes"):
         start = time.perf_counter()
         after = _run(step, stages, context)

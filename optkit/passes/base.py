@@ -47,6 +47,9 @@ class Pass(BaseModel, Generic[In, Out]):
         """The same pass with the paths among its fields resolved against a folder: that of the recipe file."""
         return self
 
+    def check_machine(self) -> None:
+        """Raise ``UnavailableError`` if this machine lacks what the pass needs whatever the model is."""
+
     def requires(self, model: In, context: Context) -> None:
         """Raise ``PreconditionError`` if the model or the context does not suit this pass."""
 

@@ -22,7 +22,7 @@ class BuildEngine(BuildPass):
     target: Annotated[AnyTarget, BeforeValidator(named_target)] = Field(default=None, validate_default=True)
     """A target's name, or a mapping with its ``name`` and options."""
 
-    def requires(self, model: OnnxModel, context: Context) -> None:
+    def check_machine(self) -> None:
         """Refuse a target that cannot build on this machine."""
         availability = self.target.can_build()
         if not availability.ok:

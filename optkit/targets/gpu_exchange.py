@@ -2,7 +2,7 @@
 
 The worker allocates the engine's inputs and outputs and hands out CUDA IPC handles; here they are opened, so that a
 feed is one copy within the GPU away from the engine, and an output one copy away from it. Where the system does not
-share GPU memory between processes, or the engine's types are not the signature's, arrays go through host memory instead.
+share GPU memory between processes, or the engine has other types than the signature, arrays go through host memory.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ from typing import Any, Literal
 from pydantic import Field
 
 from optkit.context import Context
-from optkit.errors import OptkitError
+from optkit.errors import OptkitError, UnavailableError
 from optkit.models import Engine, OnnxModel
 from optkit.targets import cuda, engine_layers, tensorrt_plan
 from optkit.targets.base import TENSORRT, WEAK_TYPES, Availability, Dialect, Misfit, Target
@@ -93,6 +93,9 @@ class TensorRtTarget(Target):
         """Whether the worker's Python has TensorRT, and there is a GPU to time kernels on."""
         try:
             found = tensorrt_plan.find(MODULE, INSTALL)
+        except UnavailableError as error:
+            reason, _, mend = str(error).rpartition(": ")
+            return Availability(False, reason, mend)
         except OptkitError as error:
             return Availability(False, str(error), f"unset {PYTHON_VARIABLE}, or set it to a Python that has TensorRT")
         return found if not found.ok else self._has_gpu()

@@ -7,6 +7,7 @@ import pytest
 
 from optkit.errors import BuildError, UnavailableError
 from optkit.passes.build_engine import BuildEngine
+from optkit.passes.optimize_graph import OptimizeGraph
 from optkit.pipeline import run_passes
 from optkit.targets.onnxruntime import OnnxRuntimeTarget
 from optkit.targets.tensorrt_rtx import TensorRtRtxTarget
@@ -34,6 +35,17 @@ def test_refuses_a_target_that_is_not_installed(onnx_model, context, monkeypatch
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     with pytest.raises(UnavailableError, match=r"target 'onnxruntime': onnxruntime cannot be .* pip install 'optkit"):
         run_passes([BuildEngine()], onnx_model(TEXT), context)
+
+
+def test_a_target_that_is_missing_is_told_before_any_other_pass_runs(onnx_model, context, monkeypatch):
+    monkeypatch.setenv("OPTKIT_TENSORRT_PYTHON", "no-such-python")
+    ran = []
+    monkeypatch.setattr(OptimizeGraph, "run", lambda self, model, context: ran.append(self) or model)
+    with pytest.raises(
+        UnavailableError, match=r"target 'tensorrt': 'no-such-python' cannot be started .*\. set OPTKIT"
+    ):
+        run_passes([OptimizeGraph(), BuildEngine(target="tensorrt")], onnx_model(TEXT), context)
+    assert ran == []
 
 
 def test_names_itself_when_the_build_fails(onnx_model, context):

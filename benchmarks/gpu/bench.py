@@ -68,6 +68,7 @@ class Bench:
         }
         engines = {p: self.build(f"{name} batch {batch} {p}", graphs[p], context) for p in ("fp16", "int8")}
         if self.twice:
+            self.twice = False
             self.build(f"{name} batch {batch} int8 again", graphs["int8"], context)
         row: dict[str, Any] = {"model": name, "batch": batch, "failed": {}}
         with contextlib.ExitStack() as opened:
@@ -213,7 +214,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=3600, help="start no batch size after so many seconds")
     parser.add_argument("--threads", type=int, default=8)
     parser.add_argument("--compile", action="store_true", help="torch.compile too")
-    parser.add_argument("--twice", action="store_true", help="build INT8 again, to see what the timing cache saves")
+    parser.add_argument("--twice", action="store_true", help="build the first INT8 again: what does the timing cache save?")
     chosen = parser.parse_args()
     for folder in (chosen.out, chosen.work):
         Path(folder).mkdir(parents=True, exist_ok=True)

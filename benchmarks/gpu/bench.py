@@ -214,7 +214,9 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=3600, help="start no batch size after so many seconds")
     parser.add_argument("--threads", type=int, default=8)
     parser.add_argument("--compile", action="store_true", help="torch.compile too")
-    parser.add_argument("--twice", action="store_true", help="build the first INT8 again: what does the timing cache save?")
+    parser.add_argument(
+        "--twice", action="store_true", help="build the first INT8 again: what does the timing cache save?"
+    )
     chosen = parser.parse_args()
     for folder in (chosen.out, chosen.work):
         Path(folder).mkdir(parents=True, exist_ok=True)

@@ -6,7 +6,7 @@
 A ResNet-50 learns from labels and from another ResNet-50, on random images that lie in memory, with mixed precision and
 channels last. "optkit" is the pass ``distill`` with a data spec whose source is a Python function. "plain" is PyTorch
 only: the same teacher, loss, optimizer, clipping, schedule and precision, and batches that a thread gathers from one
-tensor and pins, which is the shortest way there is. "plain, no teacher" is for information. Each turn trains anew; its
+tensor and pins, which is the shortest way there is. "plain, no teacher" is for information and runs once. Each turn trains anew; its
 clock starts after some steps and stops after the last one, when the GPU has done its work, so epochs' ends count and
 setting up does not. Neither validates. Where there are several GPUs, a second part shares each batch out among all of
 them, both entrants with ``DataParallel``.
@@ -286,13 +286,14 @@ def measured(given: argparse.Namespace, deadline: float) -> dict[str, Any]:
             if number > 0 and time.monotonic() + 1.1 * longest > deadline:
                 break
             started = time.monotonic()
-            names = list(turns) if number % 2 else [PLAIN, OPTKIT, ALONE]
+            names = [OPTKIT, PLAIN] if number % 2 else [PLAIN, OPTKIT]
+            names += [ALONE] if number <= 0 else []
             for name in names:
                 taken, memory[name] = timed(turns[name])
                 if number >= 0:
                     seconds[name].append(taken / steps)
             longest = max(longest, time.monotonic() - started) if number > 0 else time.monotonic() - started
-            told = ", ".join(f"{name} {given.batch / seconds[name][-1]:.0f}/s" for name in turns if number >= 0)
+            told = ", ".join(f"{name} {given.batch / seconds[name][-1]:.0f}/s" for name in names if number >= 0)
             print(f"round {number + 1} ({longest:.1f} s) {told or 'to warm up'}", flush=True)
     turn = {name: [np.array([taken]) for taken in all_taken] for name, all_taken in seconds.items()}
     ratio = ratio_of_rounds(turn[PLAIN], turn[OPTKIT], 0.95, np.random.default_rng(0))
@@ -372,9 +373,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=None, help="a JSON file")
     parser.add_argument("--seconds", type=float, default=80, help="start no round that would not end within so many")
     parser.add_argument("--rounds", type=int, default=20, help="at most")
-    parser.add_argument("--samples", type=int, default=2048)
+    parser.add_argument("--samples", type=int, default=4096)
     parser.add_argument("--batch", type=int, default=128)
-    parser.add_argument("--epochs", type=int, default=2, help="of a turn")
+    parser.add_argument("--epochs", type=int, default=1, help="of a turn")
     parser.add_argument("--size", type=int, default=224)
     parser.add_argument("--classes", type=int, default=1000)
     parser.add_argument("--tiny", action="store_true", help="a small net on small images, 6 rounds")

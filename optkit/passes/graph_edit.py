@@ -140,9 +140,9 @@ def replace(model: ir.Model, old: ir.Value, new: ir.Node) -> None:
 
 
 def sample_feeds(signature: Signature, context: Context) -> Feeds:
-    """Random feeds, the same at every call: two samples where the batch is dynamic."""
+    """Random feeds, the same at every call: two samples where the batch is dynamic and may be two."""
     batch = signature.batch
-    chosen = {batch: min(2, signature.range(batch).max)} if batch else {}
+    chosen = {batch: min(max(2, signature.range(batch).min), signature.range(batch).max)} if batch else {}
     return signature.random_feeds(context.rng("graph passes"), **chosen)
 
 

@@ -10,12 +10,13 @@ from optkit.passes.decompose_layer_norm import DecomposeLayerNorm
 from optkit.passes.graph_edit import GraphEdit, drift, infer_types, is_same
 from optkit.passes.lower_opset import LowerOpset
 from optkit.passes.spell_out_kernels import SpellOutKernels
+from optkit.passes.spell_out_shapes import SpellOutShapes
 from optkit.passes.spell_out_zero_points import SpellOutZeroPoints
 from optkit.passes.widen_to_float32 import WidenToFloat32, legal_tolerance_db
 from optkit.targets.base import Dialect
 
 _DECOMPOSE: tuple[GraphEdit, ...] = (DecomposeLayerNorm(), DecomposeGelu())
-_SPELL_OUT: tuple[GraphEdit, ...] = (SpellOutKernels(), SpellOutZeroPoints())
+_SPELL_OUT: tuple[GraphEdit, ...] = (SpellOutKernels(), SpellOutZeroPoints(), SpellOutShapes())
 
 
 def legalize(model: OnnxModel, dialect: Dialect, context: Context) -> OnnxModel:

@@ -38,7 +38,7 @@ class Layer:
     Attributes:
         name: TensorRT's.
         kind: TensorRT's type of layer.
-        precision: that of its weights, else of what it reads, else of what it writes.
+        precision: INT8 if it reads INT8; else that of its weights, else of what it reads, else of what it writes.
         inputs: formats of what it reads, as TensorRT words them.
         outputs: formats of what it writes.
         nodes: the ONNX nodes that it computes, as far as names tell.
@@ -58,6 +58,11 @@ class Layer:
         """Whether it only moves data from one format or precision to another."""
         return bool(_REFORMAT.search(self.kind) or _REFORMAT.search(self.name))
 
+    @property
+    def computes(self) -> bool:
+        """Whether it does more than move data or hold a constant."""
+        return not (self.reformats or self.kind == "Constant")
+
 
 def read_layers(information: Mapping[str, Any], model: OnnxModel) -> list[Layer]:
     """The layers of an engine that was built from ``model``; none if the engine keeps them to itself."""
@@ -73,7 +78,7 @@ def _layer(told: Mapping[str, Any], names: Sequence[str]) -> Layer:
     return Layer(
         name,
         str(told.get("LayerType", "")),
-        _precision((weights_kind, *inputs, *outputs)),
+        _precision_of(weights_kind, inputs, outputs),
         inputs,
         outputs,
         _nodes_in(f"{name} {told.get('Metadata', '')}", names),
@@ -87,6 +92,12 @@ def _format(tensor: Any) -> str:
         return str(tensor)
     parts = [tensor.get("Datatype"), tensor.get("Format/Datatype"), tensor.get("Format")]
     return " ".join(str(part) for part in parts if part)
+
+
+def _precision_of(weights: str, inputs: Sequence[str], outputs: Sequence[str]) -> str:
+    """Weights that are an input of a layer, and not part of it, leave TensorRT 8 saying that it has some in FP32."""
+    first = _precision(inputs[:1])
+    return first if first == "INT8" else _precision((weights, *inputs, *outputs))
 
 
 def _precision(texts: Iterable[str]) -> str:
@@ -118,11 +129,11 @@ def nodes_of_layers(names: Iterable[str], records: Mapping[str, Any], model: Onn
 
 def summary(layers: Sequence[Layer], model: OnnxModel) -> dict[str, Any]:
     """How many layers compute in each precision, how many only reformat, and which nodes fell back to float."""
-    computing = [layer for layer in layers if not layer.reformats]
+    computing = [layer for layer in layers if layer.computes]
     return {
         "count": len(layers),
         "precisions": dict(Counter(layer.precision or "other" for layer in computing).most_common()),
-        "reformats": len(layers) - len(computing),
+        "reformats": sum(layer.reformats for layer in layers),
         "islands": _islands(layers, model),
         "layers": [asdict(layer) for layer in layers],
     }
@@ -130,7 +141,7 @@ def summary(layers: Sequence[Layer], model: OnnxModel) -> dict[str, Any]:
 
 def _islands(layers: Sequence[Layer], model: OnnxModel) -> list[str]:
     """Weighted nodes that the graph has in INT8 and the engine in another precision, as far as names tell."""
-    found = {node: layer.precision for layer in layers for node in layer.nodes if not layer.reformats}
+    found = {node: layer.precision for layer in layers for node in layer.nodes if layer.computes}
     return [name for name in _int8_nodes(model) if found.get(name, "INT8") not in ("INT8", "")]
 
 
@@ -161,7 +172,7 @@ def prove(layers: Sequence[Layer], model: OnnxModel, asked: Sequence[str]) -> No
     """
     if not layers:
         raise BuildError("TensorRT tells nothing about the engine's layers, so its precision cannot be proved")
-    have = Counter(layer.precision for layer in layers if not layer.reformats)
+    have = Counter(layer.precision for layer in layers if layer.computes)
     if "INT8" in asked and not _int8_nodes(model):
         asked = [name for name in asked if name != "INT8"]
     lowest = ["INT8"] if "INT8" in asked else asked

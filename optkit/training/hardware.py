@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
@@ -18,6 +19,8 @@ from optkit.training.settings import Training
 
 if TYPE_CHECKING:
     import torch
+
+_TURN_SECONDS = 2e-4
 
 
 @dataclass(frozen=True)
@@ -70,16 +73,22 @@ class Hardware:
 
     @contextmanager
     def tuned(self, signature: Signature) -> Iterator[None]:
-        """On a GPU let cuDNN time its convolutions and keep the fastest, where no size but the batch's changes."""
+        """Keep a GPU busy: cuDNN's fastest kernels where no size but the batch's changes, and a loop that need not wait.
+
+        Python lets a thread that makes batches go on for 5 ms while the one that launches kernels waits for its turn.
+        """
         import torch
 
-        before = torch.backends.cudnn.benchmark
+        before, turn = torch.backends.cudnn.benchmark, sys.getswitchinterval()
         fixed = all(isinstance(size, int) for spec in signature.inputs for size in spec.shape[1:])
         torch.backends.cudnn.benchmark = before or (fixed and not self.is_cpu)
+        if not self.is_cpu:
+            sys.setswitchinterval(min(turn, _TURN_SECONDS))
         try:
             yield
         finally:
             torch.backends.cudnn.benchmark = before
+            sys.setswitchinterval(turn)
 
     def scaler(self) -> Any:
         """What keeps the gradients of float16 from vanishing; it does nothing for other types."""

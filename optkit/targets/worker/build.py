@@ -125,7 +125,21 @@ def _information(trt: Any, logger: Any, plan: Any) -> Any:
     engine = trt.Runtime(logger).deserialize_cuda_engine(plan)
     if engine is None:
         raise RefusalError(last_error(logger))
-    return json.loads(engine.create_engine_inspector().get_engine_information(trt.LayerInformationFormat.JSON))
+    inspector = engine.create_engine_inspector()
+    context = _context_at_best(trt, engine)
+    if context is not None:
+        inspector.execution_context = context
+    return json.loads(inspector.get_engine_information(trt.LayerInformationFormat.JSON))
+
+
+def _context_at_best(trt: Any, engine: Any) -> Any:
+    """A context at the shapes that kernels were chosen for: without one, dynamic shapes hide every layer's formats."""
+    context = engine.create_execution_context()
+    names = [engine.get_tensor_name(i) for i in range(engine.num_io_tensors)]
+    for name in names if context is not None else ():
+        if engine.get_tensor_mode(name) == trt.TensorIOMode.INPUT:
+            context.set_input_shape(name, engine.get_tensor_profile_shape(name, 0)[1])
+    return context
 
 
 def make_logger(trt: Any) -> Any:

@@ -85,6 +85,23 @@ def test_spells_out_what_onnx_assumes(onnx_model, context):
     assert same(model, legal) > 100
 
 
+def test_spells_out_which_part_of_a_shape_is_meant(onnx_model, context):
+    text = """g (float[N,T,4] x) => (int64[1] y, int64[2] z, int64[2] most)
+      <int64[1] least = {-9223372036854775808}, int64[1] cut = {-1}> {
+        y = Shape<start=1, end=2>(x) z = Shape<start=-2>(x) s = Shape(x) most = Slice(s, least, cut) }"""
+    model = onnx_model(text)
+    legal = legalize(model, replace(TENSORRT_8, typed=True), context)
+    shapes = [node for node in legal.ir.graph if node.op_type == "Shape"]
+    assert shapes and not any(node.attributes for node in shapes)
+    bounds = [[v.const_value.numpy().item() for v in n.inputs[1:3]] for n in legal.ir.graph if n.op_type == "Slice"]
+    assert sorted(bounds) == [[0, 2], [1, 2], [1, 3]]
+    feeds = {"x": np.zeros((3, 5, 4), np.float32)}
+    with open_onnx(legal) as runner:
+        found = runner.run(feeds)
+    assert [found[name].tolist() for name in ("y", "z", "most")] == [[5], [5, 4], [3, 5]]
+    assert legalize(legal, replace(TENSORRT_8, typed=True), context) is legal
+
+
 def test_names_what_the_older_opset_cannot_express(onnx_model, context):
     model = onnx_model("g (float[4,4] x) => (float[4,4] y) { [bent] y = Mish(x) }")
     with pytest.raises(PassError, match=r"node 'bent' \(Mish\) does not exist at opset 17"):

@@ -45,6 +45,19 @@ def test_reads_layers_of_either_wording(onnx_model):
     assert [layer.reformats for layer in layers] == [False, False, True]
 
 
+def test_weights_that_come_as_an_input_leave_a_layer_in_int8(onnx_model):
+    """As TensorRT 8.5.3 told of INT8 weights behind a DequantizeLinear on an H200."""
+    fed = {**LAYER_8, "Weights": {"Type": "Float", "Count": 0}}
+    fed["Inputs"] = [*LAYER_8["Inputs"], {"Name": "w", "Format/Datatype": "Row major Int8 format"}]
+    held = {"Name": "w", "LayerType": "Constant", "Inputs": [], "Outputs": fed["Inputs"][1:]}
+    model = onnx_model(QDQ)
+    layers = engine_layers.read_layers({"Layers": [fed, held, REFORMAT]}, model)
+    assert engine_layers.summary(layers, model)["precisions"] == {"INT8": 1}
+    engine_layers.prove(layers, model, ["INT8"])
+    with pytest.raises(BuildError, match="INT8 was asked for, and no layer of the engine computes in it"):
+        engine_layers.prove(layers[1:], model, ["INT8"])
+
+
 def test_tells_islands(onnx_model):
     model = onnx_model(QDQ)
     told = engine_layers.summary(engine_layers.read_layers({"Layers": [LAYER_11, REFORMAT]}, model), model)

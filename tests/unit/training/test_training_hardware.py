@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import threading
 from dataclasses import dataclass, replace
 
@@ -91,15 +92,16 @@ def test_a_processor_reads_in_one_thread_and_pins_nothing():
     assert gpu.readers(Training(readers=1000)) == os.cpu_count()
 
 
-def test_convolutions_are_timed_on_a_gpu_where_sizes_stay():
+def test_convolutions_are_timed_on_a_gpu_where_sizes_stay_and_threads_take_short_turns():
     gpu = Hardware(torch.device("cuda"))
     anysize = Signature((TensorSpec("image", "float32", ("batch", 3, "height", 8)),), SIGNATURE.outputs)
-    found = []
+    found, turn, turns = [], sys.getswitchinterval(), []
     for hardware, signature in ((gpu, SIGNATURE), (gpu, anysize), (LIKE_A_GPU, SIGNATURE)):
         with hardware.tuned(signature):
             found.append(torch.backends.cudnn.benchmark)
-        assert not torch.backends.cudnn.benchmark
-    assert found == [True, False, False]
+            turns.append(sys.getswitchinterval() < turn)
+        assert not torch.backends.cudnn.benchmark and sys.getswitchinterval() == turn
+    assert found == [True, False, False] and turns == [True, True, False]
 
 
 @pytest.mark.parametrize("depth", [1, 3])

@@ -6,9 +6,9 @@
 A ResNet-50 learns from labels and from another ResNet-50, on random images that lie in memory, with mixed precision and
 channels last. "optkit" is the pass ``distill`` with a data spec whose source is a Python function. "plain" is PyTorch
 only: the same teacher, loss, optimizer, clipping, schedule and precision, and batches that a thread gathers from one
-tensor and pins, which is the shortest way there is. "plain, no teacher" is for information and runs once. Each turn trains anew; its
-clock starts after some steps and stops after the last one, when the GPU has done its work, so epochs' ends count and
-setting up does not. Neither validates. Where there are several GPUs, a second part shares each batch out among all of
+tensor and pins, which is the shortest way there is. "plain, no teacher" is for information and runs once. Each turn
+trains anew; its clock starts after some steps and stops after the last one, when the GPU has done its work, so setting
+up does not count. Neither validates. Where there are several GPUs, a second part shares each batch out among all of
 them, both entrants with ``DataParallel``.
 """
 

@@ -73,7 +73,7 @@ class Hardware:
 
     @contextmanager
     def tuned(self, signature: Signature) -> Iterator[None]:
-        """Keep a GPU busy: cuDNN's fastest kernels where no size but the batch's changes, and a loop that need not wait.
+        """Keep a GPU busy: the fastest kernels where no size but the batch's changes, and a loop that need not wait.
 
         Python lets a thread that makes batches go on for 5 ms while the one that launches kernels waits for its turn.
         """

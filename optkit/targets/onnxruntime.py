@@ -117,16 +117,25 @@ def open_onnx(model: OnnxModel, threads: int = 1, optimize: bool = True) -> OrtR
     Args:
         model: the model; its graph outputs may be more than the signature's (probes).
         threads: intra-op threads.
-        optimize: let ONNX Runtime fuse the graph; without it every Q/DQ pair runs as it is written.
+        optimize: let ONNX Runtime fuse the graph; without it every Q/DQ pair runs as it is written, and so do pairs
+            of FP16, which its optimizer turns into something else (EfficientNet-Lite0, onnxruntime 1.32).
 
     Raises:
         UnavailableError: onnxruntime is not installed.
         BuildError: ONNX Runtime does not take the model.
     """
-    target = OnnxRuntimeTarget(optimization="all" if optimize else "none")
+    target = OnnxRuntimeTarget(optimization="all" if optimize and not _pairs_of_halves(model) else "none")
     options = target.session_options(threads)
     session, held = _open_model(model, options)
     return OrtRunner(session, model.signature, target.environment(threads), held)
+
+
+def _pairs_of_halves(model: OnnxModel) -> bool:
+    import onnx_ir as ir
+
+    return any(
+        node.op_type == "DequantizeLinear" and node.outputs[0].dtype == ir.DataType.FLOAT16 for node in model.ir.graph
+    )
 
 
 class OnnxRuntimeTarget(Target):

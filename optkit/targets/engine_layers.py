@@ -30,6 +30,9 @@ _PRECISIONS = (
 
 _REFORMAT = re.compile(r"reformat", re.I)
 
+_INT8_KERNEL = re.compile(r"_i8i8_")
+"""What TensorRT 8.5.3 names them by; of layers with dynamic shapes it told no formats (on an H200)."""
+
 
 @dataclass(frozen=True)
 class Layer:
@@ -78,7 +81,7 @@ def _layer(told: Mapping[str, Any], names: Sequence[str]) -> Layer:
     return Layer(
         name,
         str(told.get("LayerType", "")),
-        _precision_of(weights_kind, inputs, outputs),
+        _precision_of(weights_kind, inputs, outputs, str(told.get("TacticName", ""))),
         inputs,
         outputs,
         _nodes_in(f"{name} {told.get('Metadata', '')}", names),
@@ -94,10 +97,10 @@ def _format(tensor: Any) -> str:
     return " ".join(str(part) for part in parts if part)
 
 
-def _precision_of(weights: str, inputs: Sequence[str], outputs: Sequence[str]) -> str:
+def _precision_of(weights: str, inputs: Sequence[str], outputs: Sequence[str], kernel: str) -> str:
     """Weights that are an input of a layer, and not part of it, leave TensorRT 8 saying that it has some in FP32."""
-    first = _precision(inputs[:1])
-    return first if first == "INT8" else _precision((weights, *inputs, *outputs))
+    reads_int8 = _precision(inputs[:1]) == "INT8" or _INT8_KERNEL.search(kernel)
+    return "INT8" if reads_int8 else _precision((weights, *inputs, *outputs))
 
 
 def _precision(texts: Iterable[str]) -> str:

@@ -58,6 +58,22 @@ def test_weights_that_come_as_an_input_leave_a_layer_in_int8(onnx_model):
         engine_layers.prove(layers[1:], model, ["INT8"])
 
 
+def test_the_kernel_tells_where_formats_depend_on_shapes(onnx_model):
+    """As TensorRT 8.5.3 told of an engine with a dynamic batch on an H200."""
+    unknown = {"Name": "x", "Format/Datatype": "N/A due to dynamic shapes"}
+    dynamic = {
+        **LAYER_8,
+        "Inputs": [unknown, unknown],
+        "Outputs": [unknown],
+        "Weights": {"Type": "Float", "Count": 0},
+        "TacticName": "sm80_xmma_fprop_implicit_gemm_interleaved_i8i8_i8i32_f32_nchw_vect_c_32kcrs_vect_c_32_nchw",
+    }
+    model = onnx_model(QDQ)
+    layers = engine_layers.read_layers({"Layers": [dynamic]}, model)
+    assert [layer.precision for layer in layers] == ["INT8"]
+    engine_layers.prove(layers, model, ["INT8"])
+
+
 def test_tells_islands(onnx_model):
     model = onnx_model(QDQ)
     told = engine_layers.summary(engine_layers.read_layers({"Layers": [LAYER_11, REFORMAT]}, model), model)

@@ -48,8 +48,8 @@ class GpuArray:
     @property
     def __cuda_array_interface__(self) -> dict[str, Any]:
         """What PyTorch, CuPy, Numba and JAX take it by; everything that wrote to it has ended."""
-        described = {"shape": self.shape, "typestr": self.dtype.str, "data": (self.pointer, False)}
-        return {**described, "strides": None, "stream": None, "version": 3}
+        where = {"data": (self.pointer, False), "strides": None, "stream": None}
+        return {"shape": self.shape, "typestr": self.dtype.str, **where, "version": 3}
 
     def get(self) -> np.ndarray[Any, Any]:
         """A copy in host memory, as CuPy and PyCUDA call it."""

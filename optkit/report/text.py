@@ -73,12 +73,13 @@ def _search(document: Document) -> Iterator[str]:
             _points(point["drop_points"], 1),
             interval(point["interval"], 2),
             point["accuracy"],
+            str(point["samples"]),
             milliseconds(point["p50_ms"]),
             "chosen" if point["in_float"] == search["chosen"] else "",
         ]
         for point in search["points"]
     ]
-    yield from table(["layers", "MACs in INT8", "drop", "interval", "accuracy", "p50 ms", ""], rows)
+    yield from table(["layers", "MACs in INT8", "drop", "interval", "accuracy", "samples", "p50 ms", ""], rows)
     if search["excluded"]:
         yield from wrapped(f"In float: {', '.join(search['excluded'])}")
 

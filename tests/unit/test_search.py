@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 
@@ -10,40 +12,44 @@ from optkit.errors import GateError
 from optkit.quantize.placement import name_nodes
 from optkit.recipe import Recipe
 from optkit.report.text import render
-from optkit.search import fewest
+from optkit.search import GLANCE, fewest
 
 RUINED = "MatMul_2"
 RNG = np.random.default_rng(3)
 
 
 @pytest.mark.parametrize("most", [1, 2, 3, 7, 8, 20])
-def test_fewest_finds_every_threshold(most):
-    for threshold in range(1, most + 1):
+def test_fewest_finds_every_threshold_from_every_guess(most):
+    for threshold, guess in itertools.product(range(1, most + 1), range(most + 3)):
         tried = []
 
         def passes(count, tried=tried, threshold=threshold):
             tried.append(count)
             return count >= threshold
 
-        assert fewest(most, passes) == threshold
-        assert len(tried) == len(set(tried)) <= 2 * most.bit_length()
+        assert fewest(most, passes, guess) == threshold
+        assert tried[0] == min(max(guess, 1), most)
+        assert len(tried) == len(set(tried)) <= 2 * abs(threshold - tried[0]).bit_length() + 2
 
 
 @pytest.mark.parametrize("most", [0, 1, 5])
-def test_fewest_gives_up_where_nothing_passes(most):
-    assert fewest(most, lambda count: False) is None
+@pytest.mark.parametrize("guess", [1, 3, 9])
+def test_fewest_gives_up_where_nothing_passes(most, guess):
+    tried = []
+    assert fewest(most, lambda count: tried.append(count), guess) is None
+    assert len(tried) == len(set(tried)) and tried[-1:] == [most][: most > 0]
 
 
 def weight():
     return (RNG.standard_normal((32, 32)) / 32**0.5).astype("f")
 
 
-@pytest.fixture
-def chain(net):
-    """Four products. The second has one large weight in each column, for an input that is small."""
+def chained(net, *ruined):
+    """Four products. A ruined one has one large weight in each column, for an input that is small."""
     arrays = {f"w{i}": weight() for i in range(4)}
-    arrays["w0"][:, 0] /= 500
-    arrays["w1"][0] *= 500
+    for place in ruined:
+        arrays[f"w{place - 1}"][:, 0] /= 500
+        arrays[f"w{place}"][0] *= 500
     model = net(
         """g (float[batch,32] x) => (float[batch,32] y) {
             a = MatMul(x, w0)  b = Tanh(a)  c = MatMul(b, w1)  d = Tanh(c)  e = MatMul(d, w2)  f = Tanh(e)
@@ -53,6 +59,12 @@ def chain(net):
     )
     name_nodes(model)
     return model
+
+
+@pytest.fixture
+def chain(net):
+    """With the second product ruined."""
+    return chained(net, 1)
 
 
 @pytest.fixture
@@ -96,14 +108,38 @@ def test_the_recipe_that_was_found_makes_the_same_model(chain, recipe, tmp_path)
     assert (again.path / "model.onnx").read_bytes() == (found.path / "model.onnx").read_bytes()
 
 
-def test_a_budget_that_no_choice_keeps_is_missed_and_says_so(chain, recipe, tmp_path):
-    with pytest.raises(GateError, match=r"keeps the drop within 0\.4: not even with only") as caught:
+def test_a_budget_that_no_choice_keeps_is_missed_and_says_so(net, recipe, tmp_path):
+    wide = weight()
+    wide[0] *= 500
+    scale = np.ones(32, "f")
+    scale[0] /= 500
+    alone = net(
+        "g (float[batch,32] x) => (float[batch,32] y) { a = Mul(x, s)  b = Tanh(a)  y = MatMul(b, w) }", s=scale, w=wide
+    )
+    with pytest.raises(GateError, match=r"keeps the drop within 5: not even with only MatMul_2 in INT8") as caught:
+        optkit.compile(alone, recipe(max_drop=5), tmp_path / "out")
+    search = caught.value.bundle.report["search"]
+    assert search["chosen"] is None and [point["accuracy"] for point in search["points"]] == ["missed"]
+
+
+def test_a_budget_that_the_samples_cannot_show_is_told_from_one_that_is_missed(chain, recipe, tmp_path):
+    with pytest.raises(GateError, match=r"1072 samples are too few to rule it out: with only MatMul_\d") as caught:
         optkit.compile(chain, recipe(max_drop=0.4), tmp_path / "out")
     report = caught.value.bundle.report
     assert report["search"]["chosen"] is None and report["search"]["excluded"] == []
-    assert len(report["search"]["points"]) == 4
+    full, fewest_in_int8 = report["search"]["points"][0], report["search"]["points"][-1]
+    assert (full["in_int8"], full["accuracy"]) == (4, "missed")
+    assert (fewest_in_int8["in_int8"], fewest_in_int8["accuracy"]) == (1, "inconclusive")
     assert "chosen" not in render(report).split("Stages")[0].split("what each choice gave")[1]
     assert [path.name for path in tmp_path.iterdir() if path.is_dir() and "out" in path.name] == ["out.rejected"]
+
+
+def test_a_hopeless_choice_is_condemned_by_its_first_samples(net, recipe, tmp_path):
+    search = optkit.compile(chained(net, 1, 3), recipe(max_drop=5), tmp_path / "out").report["search"]
+    assert search["chosen"] == 2 and set(search["excluded"]) == {RUINED, "MatMul_6"}
+    points = {point["in_float"]: point for point in search["points"]}
+    assert (points[0]["samples"], points[1]["samples"], points[2]["samples"]) == (1072, GLANCE, 1072)
+    assert points[1]["accuracy"] == "missed"
 
 
 def test_the_recipe_can_forbid_the_search(chain, recipe, tmp_path):

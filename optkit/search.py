@@ -8,7 +8,8 @@ fails and one passes, and then the interval between them is halved. That accurac
 An attempt is the rest of the pipeline and a validation. The scales are found once; bias correction and rounding depend
 on what is in INT8 and run again. The first samples tell a choice that is hopeless, and only one that they do not
 condemn is judged by all; baselines run once (``validation.memory``), and a choice is timed in as few rounds as give an
-interval. The one that is chosen is validated in full. All of them together are the trade-off that the report shows.
+interval. The one that is chosen is compiled by its own recipe and validated in full. All of them together are the
+trade-off that the report shows.
 """
 
 from __future__ import annotations
@@ -87,13 +88,16 @@ def roll_back(first: Attempt, context: Context, judge: Judge) -> Attempt:
         tried[count] = rest.attempt(count)
         return tried[count].accurate
 
-    chosen = fewest(len(rest.order) - 1, passes, rest.guess())
+    most = len(rest.order) - 1
+    chosen = fewest(most, passes, rest.guess())
+    while chosen is not None:
+        tried[chosen] = rest.compiled(chosen)
+        if tried[chosen].accurate:
+            break
+        chosen = chosen + 1 if chosen < most else None
     for count in tried:
         if count not in (0, chosen):
             shutil.rmtree(rest.folder(count))  # an engine that nobody wants
-    if chosen is not None:
-        found = tried[chosen]
-        tried[chosen] = replace(found, report=judge(found.stages, found.recipe))
     return _explained(rest, tried, chosen)
 
 
@@ -156,19 +160,39 @@ class _Rest:
         return 1 + int(np.searchsorted(noise, 1 - (allowed / drop) ** 2))
 
     def attempt(self, count: int) -> Attempt:
-        """The recipe with the first ``count`` layers of the order in float too."""
+        """The recipe with the first ``count`` layers of the order in float too, with the scales that were found."""
         start = time.perf_counter()
-        step = self.step.model_copy(update={"exclude": (*self.step.exclude, *self.order[:count])})
-        passes = (*self.first.recipe.passes[: self.index], step, *self.first.recipe.passes[self.index + 1 :])
-        recipe = self.first.recipe.model_copy(update={"passes": passes})
-        self.folder(count).mkdir()
-        context = replace(self.context, scratch=self.folder(count))
+        recipe, context = self._recipe(count), self._context(count)
+        assert recipe.int8 is not None  # it has the first one's
+        step, after = recipe.int8[1], recipe.passes[self.index + 1 :]
         quantized = step.written(self.calibrated.without(step.exclude), context)
         step.ensures(self.calibrated.model, quantized, context)
         seconds = time.perf_counter() - start
-        after = run_passes(passes[self.index + 1 :], quantized, context)[1:] if passes[self.index + 1 :] else ()
-        stages = (*self.before, Stage(step.use, quantized, seconds), *after)
-        attempt = Attempt(recipe, stages, self._judged(stages, recipe))
+        made = run_passes(after, quantized, context)[1:] if after else ()
+        stages = (*self.before, Stage(step.use, quantized, seconds), *made)
+        return self._told(count, Attempt(recipe, stages, self._judged(stages, recipe)))
+
+    def compiled(self, count: int) -> Attempt:
+        """The same as whoever compiles by this recipe gets it, validated in full.
+
+        What was smoothed and which ranges were chosen may depend on what is in INT8.
+        """
+        recipe, floats = self._recipe(count), self.before[-1].model
+        stages = (*self.before, *run_passes(recipe.passes[self.index :], floats, self._context(count))[1:])
+        return self._told(count, Attempt(recipe, stages, self.judge(stages, recipe)))
+
+    def _recipe(self, count: int) -> Recipe:
+        recipe = self.first.recipe
+        step = self.step.model_copy(update={"exclude": (*self.step.exclude, *self.order[:count])})
+        passes = (*recipe.passes[: self.index], step, *recipe.passes[self.index + 1 :])
+        return recipe.model_copy(update={"passes": passes})
+
+    def _context(self, count: int) -> Context:
+        shutil.rmtree(self.folder(count), ignore_errors=True)
+        self.folder(count).mkdir()
+        return replace(self.context, scratch=self.folder(count))
+
+    def _told(self, count: int, attempt: Attempt) -> Attempt:
         log.info("%d of %d layers in float: %s", count, len(self.order), _outcome(attempt))
         return attempt
 

@@ -15,6 +15,7 @@ from optkit.report.text import render
 from optkit.search import GLANCE, fewest
 
 RUINED = "MatMul_2"
+PLAIN = {"smooth": False, "calibrate": {"method": "max"}}
 RNG = np.random.default_rng(3)
 
 
@@ -75,9 +76,9 @@ def recipe(tmp_path):
         "source: {kind: npz, path: rows.npz}\nsplits: {calibration: {count: 128}}\ninputs: {x: x}\nmetric: agreement\n"
     )
 
-    def make(**gate):
+    def make(step=PLAIN, **gate):
         return Recipe.load("int8").updated(
-            passes=[{"use": "quantize_int8", "smooth": False, "calibrate": {"method": "max"}}, {"use": "build_engine"}],
+            passes=[{"use": "quantize_int8", **step}, {"use": "build_engine"}],
             data=str(tmp_path / "data.yaml"),
             validation={"stage_samples": 4, "latency": {"rounds": 2, "seconds": 0.001, "warmup": 0.0}},
             gate=gate,
@@ -105,6 +106,24 @@ def test_the_recipe_that_was_found_makes_the_same_model(chain, recipe, tmp_path)
     found = optkit.compile(chain, recipe(max_drop=5), tmp_path / "found")
     again = optkit.compile(chain, found.recipe, tmp_path / "again")
     assert "search" not in again.report
+    assert (again.path / "model.onnx").read_bytes() == (found.path / "model.onnx").read_bytes()
+
+
+def test_so_does_one_with_smoothing_of_a_layer_that_goes_back(net, recipe, tmp_path):
+    uneven = np.geomspace(1, 100, 32, dtype="f")
+    tails = net(
+        """g (float[batch,32] x) => (float[batch,32] y) {
+            a = MatMul(x, w0)  b = Pow(a, seven)  c = Mul(b, uneven)  y = MatMul(c, w1)
+        }""",
+        w0=weight(),
+        w1=weight() / uneven[:, None],
+        seven=np.float32(7),
+        uneven=uneven,
+    )
+    step = {"activations": "static", "round": "nearest"}
+    found = optkit.compile(tails, recipe(step, max_drop=10), tmp_path / "found")
+    assert found.report["search"]["excluded"] == ["MatMul_3"]
+    again = optkit.compile(tails, found.recipe, tmp_path / "again")
     assert (again.path / "model.onnx").read_bytes() == (found.path / "model.onnx").read_bytes()
 
 

@@ -81,7 +81,8 @@ def roll_back(first: Attempt, context: Context, judge: Judge) -> Attempt:
         of ``quantize_int8``; or the first one, if none did. Its report has the section ``search``.
     """
     rest = _Rest.of(first, context, judge)
-    log.info("accuracy was missed: looking for the layers that cost it, of %d in INT8", len(rest.order))
+    status = first.report.document["accuracy"]["status"]
+    log.info("accuracy is %s: looking for the layers that cost it, of %d in INT8", status, len(rest.order))
     tried: dict[int, Attempt] = {0: first}
 
     def passes(count: int) -> bool:

@@ -153,12 +153,17 @@ def test_a_budget_that_the_samples_cannot_show_is_told_from_one_that_is_missed(c
     assert [path.name for path in tmp_path.iterdir() if path.is_dir() and "out" in path.name] == ["out.rejected"]
 
 
-def test_a_hopeless_choice_is_condemned_by_its_first_samples(net, recipe, tmp_path):
+def test_noise_says_where_to_begin_and_first_samples_condemn_what_is_hopeless(net, recipe, tmp_path, caplog):
+    caplog.set_level("INFO", "optkit.search")
     search = optkit.compile(chained(net, 1, 3), recipe(max_drop=5), tmp_path / "out").report["search"]
     assert search["chosen"] == 2 and set(search["excluded"]) == {RUINED, "MatMul_6"}
     points = {point["in_float"]: point for point in search["points"]}
     assert (points[0]["samples"], points[1]["samples"], points[2]["samples"]) == (1072, GLANCE, 1072)
     assert points[1]["accuracy"] == "missed"
+    told = [record.getMessage() for record in caplog.records if record.name == "optkit.search"]
+    assert told[0] == "accuracy is missed: looking for the layers that cost it, of 4 in INT8"
+    # The guess, one layer fewer, and what was chosen by its own recipe
+    assert [message[:1] for message in told[1:]] == ["2", "1", "2"]
 
 
 def test_the_recipe_can_forbid_the_search(chain, recipe, tmp_path):

@@ -98,6 +98,10 @@ def test_the_layer_that_int8_ruins_goes_back_to_float(chain, recipe, tmp_path):
     assert full["int8_macs"] == 1.0 and mended["int8_macs"] == 0.75
     assert mended["drop_points"] == bundle.report["accuracy"]["drop_points"] < full["drop_points"]
     assert "1 of 4 INT8 layers went back to float" in bundle.summary
+    speeds = [point["ratios"]["FP32 twin"] for point in search["points"]]
+    shown = bundle.summary.partition("what each choice gave\n")[2].splitlines()
+    assert [f"{speed:.2f}" in line.split() for speed, line in zip(speeds, shown[1:3], strict=True)] == [True, True]
+    assert shown[3] == "  speed: how many times as fast as the FP32 twin, timed in the same rounds"
     (step, _) = bundle.recipe.passes
     assert step.exclude == (RUINED,)  # a plain list, which compiles to the same bundle again
 

@@ -89,25 +89,27 @@ def roll_back(first: Attempt, context: Context, judge: Judge) -> Attempt:
         tried[count] = rest.attempt(count)
         return tried[count].accurate
 
+    def holds(count: int) -> bool:
+        tried[count] = rest.compiled(count)
+        return tried[count].accurate
+
     most = len(rest.order) - 1
     chosen = fewest(most, passes, rest.guess())
-    while chosen is not None:
-        tried[chosen] = rest.compiled(chosen)
-        if tried[chosen].accurate:
-            break
-        chosen = chosen + 1 if chosen < most else None
+    if chosen is not None and not holds(chosen):
+        chosen = fewest(most, holds, chosen + 1, chosen)
     for count in tried:
         if count not in (0, chosen):
             shutil.rmtree(rest.folder(count))  # an engine that nobody wants
     return _explained(rest, tried, chosen)
 
 
-def fewest(most: int, passes: Callable[[int], bool], guess: int = 1) -> int | None:
-    """The least count from 1 to ``most`` that passes, if to pass is monotone; None if ``most`` does not pass.
+def fewest(most: int, passes: Callable[[int], bool], guess: int = 1, known: int = 0) -> int | None:
+    """The least count up to ``most`` that passes, if to pass is monotone; None if ``most`` does not pass.
 
     Counts are tried from the guess on, in steps that double, and between one that fails and one that passes by halves.
+    That ``known`` fails is known.
     """
-    failing, passing = 0, most + 1
+    failing, passing = known, most + 1
     count, step = max(1, min(guess, most)), 1
     while passing - failing > 1:
         if passes(count):
@@ -116,8 +118,8 @@ def fewest(most: int, passes: Callable[[int], bool], guess: int = 1) -> int | No
             failing = count
         if passing > most:
             count = min(failing + step, most)
-        elif not failing:
-            count = max(passing - step, 1)
+        elif failing == known:
+            count = max(passing - step, known + 1)
         else:
             count = (failing + passing) // 2
         step *= 2

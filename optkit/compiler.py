@@ -37,6 +37,7 @@ from optkit.targets.pytorch import open_torch
 from optkit.validation import Report
 from optkit.validation import validate as judge
 from optkit.validation.contest import Contest, Entrant
+from optkit.validation.memory import Memory
 from optkit.validation.twin import build_twin
 from optkit.validation.validator import compare_entrants
 from optkit.worth import weigh
@@ -96,10 +97,10 @@ def compile(
         judging = replace(context, data=data or random_data(start.signature, recipe.seed))
 
         stages = run_passes(recipe.passes, start, context)
-        twin = build_twin(stages, recipe, context)
+        twin, memory = build_twin(stages, recipe, context), Memory()
 
         def judged(stages: Sequence[Stage], by: Recipe) -> Report:
-            return judge(stages, by, judging, twin)
+            return judge(stages, by, judging, twin, memory)
 
         before_judging = list(warnings)
         attempt = Attempt(recipe, stages, judged(stages, recipe))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import re
 import subprocess
 import sys
 import tempfile
@@ -30,9 +31,12 @@ Array = np.ndarray[Any, Any]
 
 
 class RenderedWords(Sequence[Mapping[str, Array]]):
-    """Words of SimLex-999 and WordSim-353, each once, rendered with noise: image [3, 48, 320], its characters."""
+    """Words of SimLex-999 and WordSim-353, each once, rendered with noise: image [3, 48, 320], its characters.
 
-    def __init__(self) -> None:
+    With ``vocabulary`` the words of MiniLM's vocabulary that are not among these come after them.
+    """
+
+    def __init__(self, vocabulary: bool = False) -> None:
         import onnx
         import pyarrow.parquet as parquet
 
@@ -40,6 +44,10 @@ class RenderedWords(Sequence[Mapping[str, Array]]):
             parquet.read_table(ROOT / f".data/words/{name}.parquet").to_pydict() for name in ("simlex", "wordsim")
         ]
         self._words = sorted({word for table in tables for side in ("left", "right") for word in table[side]})
+        if vocabulary:
+            entries = (ROOT / ".data/minilm/vocab.txt").read_text(encoding="utf-8").splitlines()
+            known = {word.lower() for word in self._words}
+            self._words += [word for word in entries if re.fullmatch("[a-z]{4,14}", word) and word not in known]
         properties = onnx.load(MODEL).metadata_props
         characters = next(entry.value for entry in properties if entry.key == "character").splitlines()
         # Class 0 is CTC's blank

@@ -23,12 +23,14 @@ def macs(node: ir.Node, signature: Signature) -> int | None:
     if node.op_type in RECURRENT:
         return _of_steps(node, signature)
     weight = constant(node.inputs[1])
-    spread = _dims(node.inputs[0], signature)
-    positions = spread if node.op_type == "ConvTranspose" else _dims(node.outputs[0], signature)
-    if positions is None or spread is None:
-        return None
+    read, written = _dims(node.inputs[0], signature), _dims(node.outputs[0], signature)
     if weight is None:
-        return math.prod(positions) * spread[-1]
+        return None if read is None or written is None else math.prod(written) * read[-1]
+    # Shape inference gives up on what a MatMul writes sooner than on what it reads
+    table = node.op_type == "MatMul" and len(weight.shape) == 2
+    positions = read if table or node.op_type == "ConvTranspose" else written
+    if positions is None:
+        return None
     del positions[1 if node.op_type.startswith("Conv") else -1]  # channels
     return math.prod(positions) * math.prod(weight.numpy().shape)
 

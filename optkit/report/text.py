@@ -66,19 +66,26 @@ def _search(document: Document) -> Iterator[str]:
     if search is None:
         return
     yield "Layers put back into float, the most sensitive first: what each choice gave"
+    # The last of those that are timed beside a choice is the one that its speed counts from
+    rival = next((list(point["ratios"])[-1] for point in search["points"] if point["ratios"]), None)
     rows = [
         [
-            f"{point['in_float']} in float, {point['in_int8']} in INT8",
+            str(point["in_float"]),
+            str(point["in_int8"]),
             "-" if point["int8_macs"] is None else f"{100 * point['int8_macs']:.1f} %",
             _points(point["drop_points"], 1),
             interval(point["interval"], 2),
             point["accuracy"],
-            milliseconds(point["p50_ms"]),
+            str(point["samples"]),
+            f"{point['ratios'][rival]:.2f}" if rival in point["ratios"] else "-",
             "chosen" if point["in_float"] == search["chosen"] else "",
         ]
         for point in search["points"]
     ]
-    yield from table(["layers", "MACs in INT8", "drop", "interval", "accuracy", "p50 ms", ""], rows)
+    header = ["in float", "in INT8", "MACs in INT8", "drop", "interval", "accuracy", "samples", "speed", ""]
+    yield from table(header, rows)
+    if rival is not None:
+        yield f"  speed: how many times as fast as the {rival}, timed in the same rounds"
     if search["excluded"]:
         yield from wrapped(f"In float: {', '.join(search['excluded'])}")
 

@@ -27,6 +27,7 @@ from optkit.validation.accuracy import Accuracy, batch_size_for, measure_accurac
 from optkit.validation.contest import Contest, Entrant
 from optkit.validation.gate import Verdict, judge, judge_accuracy
 from optkit.validation.latency import latency_document, measure_latency
+from optkit.validation.memory import Memory
 from optkit.validation.stages import TOLERANCES, StageError, compare_stages, first_past_tolerance, precision_of
 from optkit.validation.statistics import Interval
 from optkit.validation.twin import QUANTIZED, NoTwin, Twin
@@ -60,7 +61,13 @@ class Report:
     document: dict[str, Any]
 
 
-def validate(stages: Sequence[Stage], recipe: Recipe, context: Context, twin: Twin | NoTwin | None = None) -> Report:
+def validate(
+    stages: Sequence[Stage],
+    recipe: Recipe,
+    context: Context,
+    twin: Twin | NoTwin | None = None,
+    memory: Memory | None = None,
+) -> Report:
     """Validate what a recipe's passes made.
 
     The baselines are the PyTorch checkpoint, if there is one, and the ONNX model that came in or that the checkpoint
@@ -75,6 +82,7 @@ def validate(stages: Sequence[Stage], recipe: Recipe, context: Context, twin: Tw
         recipe: its ``validation``, ``gate`` and ``target``.
         context: the data, the seed, the threads.
         twin: of the INT8 engine, if it is one.
+        memory: of what the scored baselines gave, where several results are compared with the same ones.
 
     Raises:
         CheckpointError: the checkpoint itself gives NaN.
@@ -82,7 +90,7 @@ def validate(stages: Sequence[Stage], recipe: Recipe, context: Context, twin: Tw
     """
     data, settings = _data(context), recipe.validation
     with contextlib.ExitStack() as opened, collected_warnings(log.name) as warnings:
-        contest = _contest(stages, recipe, context, twin, opened)
+        contest = _contest(stages, recipe, context, twin, memory or Memory(0), opened)
         engine = contest.candidate.runner if contest.candidate.name == ENGINE else None
         size = batch_size_for(contest.signature, settings.batch_size)
         whole = -(-settings.stage_samples // size) * size  # a static batch has to be full
@@ -158,17 +166,19 @@ def _contest(
     recipe: Recipe,
     context: Context,
     twin: Twin | NoTwin | None,
+    memory: Memory,
     opened: contextlib.ExitStack,
 ) -> Contest:
     onnx_models = [stage.model for stage in stages if isinstance(stage.model, OnnxModel)]
     baselines = []
     if isinstance(stages[0].model, TorchModel):
-        baselines.append(Entrant(PYTORCH, opened.enter_context(open_torch(stages[0].model, context.threads))))
+        eager = opened.enter_context(open_torch(stages[0].model, context.threads))
+        baselines.append(Entrant(PYTORCH, memory.of(PYTORCH, eager)))
     whole = _floats_of_checkpoint(stages, recipe, context)
     given = whole[0] if whole else onnx_models[0]
     precision = precision_of(given)
     rival = ONNX if precision == "float32" else f"ONNX as given ({precision})"
-    baselines.append(Entrant(rival, opened.enter_context(open_onnx(given, context.threads))))
+    baselines.append(Entrant(rival, memory.of(rival, opened.enter_context(open_onnx(given, context.threads)))))
     candidate, what, why_not = _candidate(stages[-1].model, onnx_models[-1], recipe, context)
     opened.enter_context(candidate.runner)
     if len(whole) > 1:

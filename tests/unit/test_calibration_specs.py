@@ -17,7 +17,9 @@ SHAPES = {
     "digits": ["image=float32[batch,1,28,28]"],
     "fashion-mnist": ["image=float32[batch,1,28,28]"],
     "efficientnet-photos": ["image=float32[batch,3,224,224]"],
+    "efficientnet-crops": ["image=float32[batch,3,224,224]"],
     "bbc": ["input_ids=int64[batch,sequence]", "attention_mask=int64[batch,sequence]"],
+    "bbc-all": ["input_ids=int64[batch,sequence]", "attention_mask=int64[batch,sequence]"],
     "movies": ["input_ids=int64[batch,sequence]", "attention_mask=int64[batch,sequence]"],
     "words": [
         f"{side}_{name}=int64[batch,16]" for side in ("left", "right") for name in ("input_ids", "attention_mask")
@@ -65,6 +67,16 @@ def test_a_spec_fits_its_data(path: Path) -> None:
         (batch,) = data.batches(split, 4, limit=4)  # type: ignore[arg-type]
         assert len(batch) == 4
         assert (batch.labels is not None) == data.metric.needs_labels or spec.label is not None
+
+
+def test_specs_with_more_to_validate_share_nothing_with_calibration(fetch: Any) -> None:
+    articles = DataSpec.load(ROOT / "calibration/bbc-all.yaml").splits
+    assert articles.calibration.rows == (0, fetch.BBC_HEAD_ARTICLES)
+    assert articles.validation.rows is not None and articles.validation.rows[0] == fetch.BBC_HEAD_ARTICLES
+    assert not set(fetch.CALIBRATION_PHOTOS) & set(fetch.VALIDATION_PHOTOS)
+    crops = ROOT / ".data/crops"
+    if crops.is_dir():
+        assert {path.name for path in crops.iterdir()} == {Path(name).stem for name in fetch.VALIDATION_PHOTOS}
 
 
 @pytest.mark.parametrize(

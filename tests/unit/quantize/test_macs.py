@@ -42,9 +42,16 @@ def test_the_share_is_of_multiplications_not_of_nodes(residual):
     assert head == pytest.approx(1 - counted["Gemm_15"] / sum(counted.values()))
 
 
+def test_what_a_matmul_reads_says_enough(net):
+    model = net("g (float[n,5,8] x) => (float[n,5,4] y) { y = MatMul(x, w) }", w=np.zeros((8, 4), np.float32))
+    model.ir.graph[0].outputs[0].shape = None
+    assert macs(model.ir.graph[0], model.signature) == 5 * 32
+
+
 def test_unknown_shapes_give_no_share(net):
-    model = net("g (float[n,4] x) => (float[n,4] y) { y = MatMul(x, w) }", w=np.ones((4, 4), np.float32))
+    model = net("g (float[n,4,5,5] x) => (float[n,4,5,5] y) { y = Conv(x, w) }", w=np.ones((4, 4, 1, 1), np.float32))
     name_nodes(model)
     placement = place(model, ORT_CPU)
+    assert int8_share(model, placement) == 1.0
     model.ir.graph[0].outputs[0].shape = None
     assert int8_share(model, placement) is None

@@ -124,6 +124,26 @@ def test_fuses_int8_and_keeps_it_exact_on_request(qdq, tmp_path, context, rng):
         assert np.abs(fast - plain).max() > 0.2
 
 
+def test_a_layer_left_in_float_between_int8_layers_stays_in_float(onnx_model, tmp_path, context, rng):
+    text = QDQ.replace("int8[16,3,3,3] w", "float[16,3,3,3] w").replace("e = DequantizeLinear(w, ws, wz)", "")
+    text = text.replace("(d, e)", "(d, w)").replace(", float ws = {0.01}, int8 wz = {0}", "")
+    weight = rng.standard_normal((16, 3, 3, 3)).astype(np.float32) / 10
+    weight[0] *= 100  # with one scale for all channels, those of the others would round to nearly nothing
+    model = fill(onnx_model(text), {"w": weight})
+    feeds = {"x": rng.standard_normal((2, 3, 8, 8)).astype(np.float32)}
+    with open_onnx(model, optimize=False) as runner:
+        wanted = runner.run(feeds)["y"]
+    with open_onnx(model) as runner:
+        fused = runner.run(feeds)["y"]
+    target = OnnxRuntimeTarget()
+    with target.open(target.build(model, tmp_path, context), 1) as runner:
+        built = runner.run(feeds)["y"]
+    for found in (fused, built):
+        # A sum that is halfway between two values may be rounded either way
+        assert np.abs(found - wanted).max() <= 0.0501
+        assert (found == wanted).mean() > 0.99
+
+
 def test_half_precision_survives_the_file(onnx_model, tmp_path, context, rng):
     body = "{ h = Cast<to=10>(x) m = MatMul(h, w) y = Cast<to=1>(m) }"
     model = fill(

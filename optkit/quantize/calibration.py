@@ -42,7 +42,7 @@ class Calibration(Strict):
     samples: Annotated[int, Tunable(choices=(64, 128, 256, 512, 1024))] = Field(default=512, ge=1)
     """How many samples of the calibration split."""
     batch_size: int = Field(default=32, ge=1)
-    """How many samples are run at a time at most; fewer where their tensors would take more than 256 MiB."""
+    """How many samples are run at a time at most; fewer where their tensors would take more than 64 MiB."""
     ranges: str | None = None
     """A bundle, or a ``ranges.json``, whose ranges are used again instead of observing; it must have been made from the
     same model, samples and settings. Relative to the recipe."""

@@ -28,7 +28,7 @@ log = logging.getLogger("optkit.quantize")
 Method: TypeAlias = RangeMethod | Literal["auto"]
 
 _AS_GOOD_DB = 0.5
-_EVERY = 8
+_EVERY = 4
 _MOST_HELD_OUT = 32
 
 
@@ -62,7 +62,7 @@ class Calibration(Strict):
 
 @dataclass
 class Split:
-    """Parts the calibration samples: most are observed, one batch of eight, up to 32 samples, is held out to choose by.
+    """Parts the calibration samples: most are observed, one batch of four, up to 32 samples, is held out to choose by.
 
     Attributes:
         holds_out: whether any are held out.
@@ -88,9 +88,10 @@ class Split:
                 yield batch
 
     def read_ahead(self, stream: Iterator[Batch]) -> list[Batch]:
-        """What ``observe`` gives until there are as many first samples as there will be, and some are held out."""
+        """What ``observe`` gives until there are as many first samples, and as many held out, as there will be."""
         ahead: list[Batch] = []
-        while sum(map(len, self.first)) < _MOST_HELD_OUT or (self.holds_out and not self.held_out):
+        parts = (self.first, self.held_out) if self.holds_out else (self.first,)
+        while any(sum(map(len, part)) < _MOST_HELD_OUT for part in parts):
             batch = next(stream, None)
             if batch is None:
                 break

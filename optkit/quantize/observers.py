@@ -128,7 +128,7 @@ def observe(
     count = 0
     with open_onnx(probed, threads) as runner:
         for batch in batches:
-            values = {**batch.feeds, **_run(runner, batch)}
+            values = {**batch.feeds, **values_of(runner, batch)}
             for name in wanted:
                 try:
                     observers[name].update(values[name])
@@ -152,7 +152,12 @@ def with_probes(model: OnnxModel, names: Iterable[str]) -> OnnxModel:
     return probed
 
 
-def _run(runner: OrtRunner, batch: Batch) -> Feeds:
+def values_of(runner: OrtRunner, batch: Batch) -> Feeds:
+    """What a model with probes writes for a batch of calibration samples; views, to be read before the next batch.
+
+    Raises:
+        DataError: the batch does not fit the model.
+    """
     try:
         return runner.view(batch.feeds)
     except UsageError as error:

@@ -55,7 +55,8 @@ def test_what_was_tried_is_recorded_with_its_decibels(linear, outliers, context)
 
 
 def test_options_that_are_off_do_nothing(linear, outliers, context):
-    plain = QuantizeInt8(activations="static", calibrate=QUICK, smooth=False, round="nearest", correct_bias=False)
+    off = {"smooth": False, "equalize": False, "round": "nearest", "correct_bias": False}
+    plain = QuantizeInt8.model_validate({"activations": "static", "calibrate": QUICK, **off})
     after = run(plain, linear, replace(context, data=outliers))
     assert trials(after) == {}
     assert after.records["ranges"]["samples"] == 64  # nothing is held out where there is nothing to decide

@@ -60,7 +60,7 @@ class QuantizeInt8(OnnxPass):
     """Ranges of weights, per output channel: ``max``, or ``mse`` for the least squared error."""
     smooth: Annotated[bool, Tunable()] = True
     """Move outliers of the channels that matrix products read into their weights; undone if held-out samples say so."""
-    equalize: Annotated[bool, Tunable()] = True
+    equalize: Annotated[bool, Tunable()] = False
     """Bring the channels of a tensor to like ranges, by the weights around it; undone if held-out samples say so."""
     round: Annotated[Literal["nearest", "gptq"], Tunable()] = "gptq"
     """How weights are rounded: each to its nearest, or in turn so that later ones make up for earlier ones' errors;

@@ -56,7 +56,7 @@ def correct_biases(
         model: the float model.
         quantization: of that model.
         policy: what the target wants.
-        batches: 16 to 32 samples that the result is not judged by.
+        batches: 16 to 64 samples that the result is not judged by.
         threads: intra-op threads.
     """
     biases = BiasCorrection(model, quantization)

@@ -29,7 +29,7 @@ Method: TypeAlias = RangeMethod | Literal["auto"]
 
 _AS_GOOD_DB = 0.5
 _EVERY = 4
-_MOST_HELD_OUT = 32
+_MOST_HELD_OUT, _MOST_FIRST = 32, 64
 
 
 class Calibration(Strict):
@@ -68,7 +68,7 @@ class Split:
         holds_out: whether any are held out.
         observed: how many samples were passed on so far.
         held_out: the batches that were not.
-        first: the first of the observed ones, up to 32 samples, for algorithms that need tensors and not ranges.
+        first: the first of the observed ones, up to 64 samples, for algorithms that need tensors and not ranges.
     """
 
     holds_out: bool
@@ -82,7 +82,7 @@ class Split:
             if self.holds_out and index % _EVERY == 1 and sum(map(len, self.held_out)) < _MOST_HELD_OUT:
                 self.held_out.append(batch)
             else:
-                if sum(map(len, self.first)) < _MOST_HELD_OUT:
+                if sum(map(len, self.first)) < _MOST_FIRST:
                     self.first.append(batch)
                 self.observed += len(batch)
                 yield batch
@@ -90,8 +90,8 @@ class Split:
     def read_ahead(self, stream: Iterator[Batch]) -> list[Batch]:
         """What ``observe`` gives until there are as many first samples, and as many held out, as there will be."""
         ahead: list[Batch] = []
-        parts = (self.first, self.held_out) if self.holds_out else (self.first,)
-        while any(sum(map(len, part)) < _MOST_HELD_OUT for part in parts):
+        held_out = _MOST_HELD_OUT if self.holds_out else 0
+        while sum(map(len, self.first)) < _MOST_FIRST or sum(map(len, self.held_out)) < held_out:
             batch = next(stream, None)
             if batch is None:
                 break

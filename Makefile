@@ -49,6 +49,7 @@ bench: data ## Compare with onnxruntime.quantization on the same models, data an
 bench-int8: data ## INT8 beside onnxruntime.quantization, NNCF and ModelOpt: accuracy, speed, cost (hours)
 	$(BIN)/python calibration/fetch.py words vowels --to $(DATA)
 	$(BIN)/python benchmarks/int8/run.py
+	$(BIN)/python benchmarks/int8/calibration.py
 
 bench-prune: data ## What pruning loses and gains on ResNet8 without training: 2:4, channels, measured speed
 	$(BIN)/python benchmarks/prune/run.py

@@ -107,6 +107,7 @@ ATTENTION, DYNAMIC = ("transformer", "mixed"), ("transformer", "mixed", "recurre
 ENTRANTS = (
     Entrant("optkit", "default"),
     Entrant("optkit", "without bias correction", {"correct_bias": False}, CONVOLUTIONS),
+    Entrant("optkit", "with equalize", {"equalize": True}, CONVOLUTIONS),
     Entrant("optkit", "static", {"activations": "static"}, DYNAMIC),
     Entrant("optkit", "for TensorRT", {"target": "tensorrt-rtx"}, exact=True),
     Entrant("ort", "default"),

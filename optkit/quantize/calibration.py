@@ -28,8 +28,8 @@ log = logging.getLogger("optkit.quantize")
 Method: TypeAlias = RangeMethod | Literal["auto"]
 
 _AS_GOOD_DB = 0.5
-_EVERY = 8
-_MOST_HELD_OUT = 32
+_EVERY = 4
+_MOST_HELD_OUT, _MOST_FIRST = 32, 64
 
 
 class Calibration(Strict):
@@ -42,7 +42,7 @@ class Calibration(Strict):
     samples: Annotated[int, Tunable(choices=(64, 128, 256, 512, 1024))] = Field(default=512, ge=1)
     """How many samples of the calibration split."""
     batch_size: int = Field(default=32, ge=1)
-    """How many samples are run at a time at most; fewer where their tensors would take more than 256 MiB."""
+    """How many samples are run at a time at most; fewer where their tensors would take more than 64 MiB."""
     ranges: str | None = None
     """A bundle, or a ``ranges.json``, whose ranges are used again instead of observing; it must have been made from the
     same model, samples and settings. Relative to the recipe."""
@@ -62,13 +62,13 @@ class Calibration(Strict):
 
 @dataclass
 class Split:
-    """Parts the calibration samples: most are observed, one batch of eight, up to 32 samples, is held out to choose by.
+    """Parts the calibration samples: most are observed, one batch of four, up to 32 samples, is held out to choose by.
 
     Attributes:
         holds_out: whether any are held out.
         observed: how many samples were passed on so far.
         held_out: the batches that were not.
-        first: the first of the observed ones, up to 32 samples, for algorithms that need tensors and not ranges.
+        first: the first of the observed ones, up to 64 samples, for algorithms that need tensors and not ranges.
     """
 
     holds_out: bool
@@ -82,15 +82,16 @@ class Split:
             if self.holds_out and index % _EVERY == 1 and sum(map(len, self.held_out)) < _MOST_HELD_OUT:
                 self.held_out.append(batch)
             else:
-                if sum(map(len, self.first)) < _MOST_HELD_OUT:
+                if sum(map(len, self.first)) < _MOST_FIRST:
                     self.first.append(batch)
                 self.observed += len(batch)
                 yield batch
 
     def read_ahead(self, stream: Iterator[Batch]) -> list[Batch]:
-        """What ``observe`` gives until there are as many first samples as there will be, and some are held out."""
+        """What ``observe`` gives until there are as many first samples, and as many held out, as there will be."""
         ahead: list[Batch] = []
-        while sum(map(len, self.first)) < _MOST_HELD_OUT or (self.holds_out and not self.held_out):
+        held_out = _MOST_HELD_OUT if self.holds_out else 0
+        while sum(map(len, self.first)) < _MOST_FIRST or sum(map(len, self.held_out)) < held_out:
             batch = next(stream, None)
             if batch is None:
                 break

@@ -25,7 +25,7 @@ import numpy as np
 
 from optkit.models import OnnxModel
 from optkit.quantize.initializers import add_initializer, drop_unused_initializers, operand
-from optkit.quantize.observers import with_probes
+from optkit.quantize.observers import values_of, with_probes
 from optkit.quantize.placement import Placement
 from optkit.quantize.placement.graph import attribute, constant, weight_axis, weight_problem
 from optkit.quantize.rows import as_table, from_table
@@ -199,7 +199,7 @@ def _reach(model: OnnxModel, names: Sequence[str], batches: Sequence[Batch], thr
     largest: dict[str, Array] = {}
     with open_onnx(with_probes(model, names), threads) as runner:
         for batch in batches:
-            values = runner.view(batch.feeds)
+            values = values_of(runner, batch)
             for name in names:
                 array = np.moveaxis(values[name], 1, 0)
                 seen = np.abs(array.reshape(len(array), -1)).max(axis=1)

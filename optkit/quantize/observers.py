@@ -128,7 +128,7 @@ def observe(
     count = 0
     with open_onnx(probed, threads) as runner:
         for batch in batches:
-            values = {**batch.feeds, **_run(runner, batch)}
+            values = {**batch.feeds, **values_of(runner, batch)}
             for name in wanted:
                 try:
                     observers[name].update(values[name])
@@ -152,7 +152,12 @@ def with_probes(model: OnnxModel, names: Iterable[str]) -> OnnxModel:
     return probed
 
 
-def _run(runner: OrtRunner, batch: Batch) -> Feeds:
+def values_of(runner: OrtRunner, batch: Batch) -> Feeds:
+    """What a model with probes writes for a batch of calibration samples; views, to be read before the next batch.
+
+    Raises:
+        DataError: the batch does not fit the model.
+    """
     try:
         return runner.view(batch.feeds)
     except UsageError as error:
@@ -213,6 +218,9 @@ def _exponent(low: float, high: float) -> int:
     reach = max(abs(low), abs(high))
     # Below 2**-100 nothing is worth a bin of its own, and a tensor of zeros needs some width
     exponent = max(-100, math.frexp(reach)[1] - 22) if reach else -100
+    if high > low:
+        # Narrower bins cannot hold the range; that wide, one too many may begin
+        exponent = max(exponent, math.frexp((high - low) / CAPACITY)[1] - 1)
     while _bin(high, exponent) - _bin(low, exponent) >= CAPACITY:
         exponent += 1
     return exponent
@@ -220,5 +228,8 @@ def _exponent(low: float, high: float) -> int:
 
 def _add(counts: Array, start: int, part: Array, part_start: int, shift: int) -> None:
     """Add a part's counts, 2**shift of its bins to one, to counts that begin at bin ``start``."""
+    if shift == 0:
+        counts[part_start - start : part_start - start + len(part)] += part
+        return
     index = ((part_start + np.arange(len(part))) >> shift) - start
     counts += np.bincount(index, weights=part, minlength=len(counts)).astype(np.int64)

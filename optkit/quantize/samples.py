@@ -12,8 +12,8 @@ from optkit.quantize.placement import Placement
 if TYPE_CHECKING:
     from optkit.data import Batch, Data
 
-_PROBE_BYTES = 1 << 28
-"""What the observed tensors of a batch may take together."""
+_PROBE_BYTES = 1 << 26
+"""What the observed tensors of a batch may take together; more is no faster, and beyond that page faults cost time."""
 
 
 def calibration_batches(model: OnnxModel, data: Data, size: int, limit: int) -> Iterator[Batch]:

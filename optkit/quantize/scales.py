@@ -6,6 +6,7 @@ asymmetric UINT8 uses [0, 255]; zero is always exactly representable, for paddin
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
@@ -126,19 +127,39 @@ def _mse_range(seen: Statistics, symmetric: bool) -> tuple[float, float]:
     occupied = seen.counts > 0
     values, weights = seen.centers[occupied], seen.counts[occupied].astype(np.float64)
     low, high = min(seen.low, 0.0), max(seen.high, 0.0)
+
+    def best(reach: float, ends: Callable[[Array], tuple[Array, Array]]) -> float:
+        def errors(indices: Array) -> Array:
+            lows, highs = ends(reach * _SHRINKAGE[indices])
+            total: Array = _squared_errors(values, lows, highs, symmetric).dot(weights)
+            return total
+
+        found: float = reach * _SHRINKAGE[_least(errors)]
+        return found
+
     if symmetric:
-        reach = max(-low, high) * _SHRINKAGE
-        best = reach[_squared_errors(values, -reach, reach, True).dot(weights).argmin()]
-        return -float(best), float(best)
-    # The two ends in turn: a grid over both would cost the square
+        reach = best(max(-low, high), lambda reaches: (-reaches, reaches))
+        return -reach, reach
+
+    def best_high(low: float, high: float) -> float:
+        return best(high, lambda highs: (np.full_like(highs, low), highs)) if high > 0 else high
+
+    def best_low(low: float, high: float) -> float:
+        return best(low, lambda lows: (lows, np.full_like(lows, high))) if low < 0 else low
+
+    # The two ends in turn, twice: a grid over both would cost the square
     for _ in range(2):
-        if high > 0:
-            highs = high * _SHRINKAGE
-            high = float(highs[_squared_errors(values, np.full_like(highs, low), highs, False).dot(weights).argmin()])
-        if low < 0:
-            lows = low * _SHRINKAGE
-            low = float(lows[_squared_errors(values, lows, np.full_like(lows, high), False).dot(weights).argmin()])
+        high = best_high(low, high)
+        low = best_low(low, high)
     return low, high
+
+
+def _least(errors: Callable[[Array], Array]) -> int:
+    """Where on the grid of ranges the error is least: every fourth is tried, then those around the best."""
+    coarse = np.arange(0, len(_SHRINKAGE), 4)
+    found = int(coarse[errors(coarse).argmin()])
+    fine = np.arange(max(found - 3, 0), min(found + 4, len(_SHRINKAGE)))
+    return int(fine[errors(fine).argmin()])
 
 
 def _squared_errors(values: Array, lows: Array, highs: Array, symmetric: bool) -> Array:
@@ -171,12 +192,11 @@ def _entropy_range(seen: Statistics, symmetric: bool) -> tuple[float, float]:
         threshold = reach * float(_SHRINKAGE[index])
         return max(low, -threshold), min(high, threshold)
 
-    def divergence(index: int) -> float:
-        return _divergence(values, counts, *cut(index), steps=254 if symmetric else 255)
+    def divergences(indices: Array) -> Array:
+        steps = 254 if symmetric else 255
+        return np.array([_divergence(values, counts, *cut(index), steps) for index in indices])
 
-    # Every fourth of the grid, then around the best: the divergence is smooth on that scale
-    coarse = min(range(0, len(_SHRINKAGE), 4), key=divergence)
-    return cut(min(range(max(coarse - 3, 0), min(coarse + 4, len(_SHRINKAGE))), key=divergence))
+    return cut(_least(divergences))
 
 
 def _without_zero_spike(seen: Statistics) -> Array:

@@ -30,6 +30,7 @@ BAD = QuantizeInt8(
     calibrate=Calibration(method="percentile", percentile=80),
     weights="mse",
     smooth=False,
+    equalize=False,
     correct_bias=False,
 )
 """Cuts off a fifth of what every activation holds."""

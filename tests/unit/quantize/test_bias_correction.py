@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from optkit.quantize.bias_correction import correct_biases
+from optkit.quantize.bias_correction import BiasCorrection, correct_biases
 from optkit.quantize.calibration import scales
 from optkit.quantize.linter import lint
 from optkit.quantize.measure import Judge, decibels, outputs_of
@@ -63,14 +63,50 @@ def test_means_are_right_after_every_layer_and_unseen_samples_gain(depthwise, sa
     before = quantization_of(depthwise, batches, policy)
     after = correct_biases(depthwise, before, policy, batches)
     written = write(depthwise, after)
+    stops = ["ar", "dr", "p"]
     for (name, exact), (_, measured) in zip(
-        walk(depthwise, ["a", "d", "p"], batches), walk(written, ["a", "d", "p"], batches), strict=True
+        walk(depthwise, stops, batches), walk(written, stops, batches), strict=True
     ):
         off = np.concatenate(exact).mean((0, 2, 3)) - np.concatenate(measured).mean((0, 2, 3))
         assert np.abs(off).max() < 2e-3 * np.concatenate(exact).std(), name
     judge = Judge(depthwise, list(samples.batches("validation", 32)), policy, 1)
     assert judge.error(written) < judge.error(write(depthwise, before))
     assert not [finding for finding in lint(written, policy) if finding.is_error]
+
+
+@pytest.mark.parametrize(
+    ("activation", "right"), [("Relu(a)", 0.5), ("Clip(a, zero, six)", 0.5), ("Clip(a, minus, six)", 0.0)]
+)
+def test_what_an_activation_cuts_off_does_not_count(net, activation, right):
+    """What is positive is 0.5 too low, and what is negative, where a Relu is flat, 0.5 too high."""
+    model = net(
+        f"g (float[b,2] x) => (float[b,1] y) <float zero = {{0}}, float minus = {{-9}}, float six = {{6}}>"
+        f" {{ a = Gemm(x, w, c) y = {activation} }}",
+        w=np.ones((2, 1), "f"),
+        c=np.zeros(1, "f"),
+    )
+    name_nodes(model)
+    weights = {Use(str(model.ir.graph[0].name), 1): None}
+    correction = BiasCorrection(model, Quantization(place(model, ONNXRUNTIME), {}, weights))
+    exact = np.array([[-4], [-3], [3], [4]] * 100, np.float32)
+    measured = exact + np.where(exact > 0, np.float32(-0.5), np.float32(0.5))
+    correction.correct("a", [exact], [measured])
+    found = correction.added_to(Quantization(place(model, ONNXRUNTIME), {}, weights), TENSORRT).biases
+    assert found[str(model.ir.graph[0].name)] == pytest.approx([right], rel=0.03)
+
+
+def test_a_channel_that_is_never_active_keeps_its_bias(net):
+    model = net(
+        "g (float[b,2] x) => (float[b,1] y) { a = Gemm(x, w, c) y = Relu(a) }",
+        w=np.ones((2, 1), "f"),
+        c=np.full(1, -9, "f"),
+    )
+    name_nodes(model)
+    quantization = Quantization(place(model, ONNXRUNTIME), {}, {Use(str(model.ir.graph[0].name), 1): None})
+    correction = BiasCorrection(model, quantization)
+    exact = -np.ones((64, 1), np.float32)
+    correction.correct("a", [exact], [exact - 1])
+    assert correction.added_to(quantization, TENSORRT).biases[str(model.ir.graph[0].name)] == -9
 
 
 def test_a_layer_without_a_bias_gets_an_int32_one_where_the_target_wants_that(depthwise, samples):

@@ -11,12 +11,12 @@ from typing import Any, Literal
 from pydantic import Field
 
 from optkit.context import Context
-from optkit.errors import OptkitError, UnavailableError
+from optkit.errors import OptkitError
 from optkit.models import Engine, OnnxModel
 from optkit.targets import cuda, engine_layers, tensorrt_plan
 from optkit.targets.base import TENSORRT, WEAK_TYPES, Availability, Dialect, Misfit, Target
 from optkit.targets.tensorrt_runner import TensorRtProfiler, TensorRtRunner
-from optkit.targets.worker_client import PYTHON_VARIABLE, Limits, probe, worker_python
+from optkit.targets.worker_client import Limits, probe, worker_python
 
 MODULE = "tensorrt"
 
@@ -91,13 +91,7 @@ class TensorRtTarget(Target):
 
     def can_build(self) -> Availability:
         """Whether the worker's Python has TensorRT, and there is a GPU to time kernels on."""
-        try:
-            found = tensorrt_plan.find(MODULE, INSTALL)
-        except UnavailableError as error:
-            reason, _, mend = str(error).rpartition(": ")
-            return Availability(False, reason, mend)
-        except OptkitError as error:
-            return Availability(False, str(error), f"unset {PYTHON_VARIABLE}, or set it to a Python that has TensorRT")
+        found = tensorrt_plan.find(MODULE, INSTALL)
         return found if not found.ok else self._has_gpu()
 
     def can_run(self) -> Availability:

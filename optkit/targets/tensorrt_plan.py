@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from optkit.context import Progress
-from optkit.errors import BuildError, UsageError, did_you_mean
+from optkit.errors import BuildError, OptkitError, UnavailableError, UsageError, did_you_mean
 from optkit.models import DimRange, OnnxModel, Signature
 from optkit.targets.base import Availability
 from optkit.targets.worker_client import PYTHON_VARIABLE, Limits, Worker, probe, worker_python
@@ -21,7 +21,13 @@ _SHOWN_NODES = 5
 
 def find(module: str, install: str) -> Availability:
     """Whether the worker's Python has ``module``; ``install`` is the command that would put it there."""
-    found = probe()["modules"][module]
+    try:
+        found = probe()["modules"][module]
+    except UnavailableError as error:
+        reason, _, mend = str(error).rpartition(": ")
+        return Availability(False, reason, mend)
+    except OptkitError as error:  # it starts, and does not behave as a Python does
+        return Availability(False, str(error), f"unset {PYTHON_VARIABLE}, or set it to a Python that has {module}")
     if "error" not in found:
         return Availability(True)
     python = worker_python()

@@ -12,7 +12,7 @@ from optkit.errors import OptkitError, UnavailableError
 from optkit.models import Engine, OnnxModel
 from optkit.targets import cuda, tensorrt_plan
 from optkit.targets.base import TENSORRT, Availability, Dialect, Misfit, Runner, Target
-from optkit.targets.worker_client import PYTHON_VARIABLE, Limits
+from optkit.targets.worker_client import Limits
 
 MODULE = "tensorrt_rtx"
 
@@ -55,11 +55,7 @@ class TensorRtRtxTarget(Target):
 
     def can_build(self) -> Availability:
         """Whether the worker's Python has TensorRT-RTX; no GPU is needed."""
-        try:
-            return tensorrt_plan.find(MODULE, "pip install 'optkit[rtx]'")
-        except OptkitError as error:
-            mend = f"unset {PYTHON_VARIABLE}, or set it to a Python that has TensorRT-RTX"
-            return Availability(False, str(error), mend)
+        return tensorrt_plan.find(MODULE, "pip install 'optkit[rtx]'")
 
     def can_run(self) -> Availability:
         """Not yet: optkit builds these engines and does not run them. On most machines the reason is nearer."""

@@ -34,7 +34,11 @@ CASES: Mapping[str, tuple[str, Mapping[str, Any], Mapping[str, Any]]] = {
     # Its checkpoint is written by benchmarks/int8/fashion.py
     "EfficientNet-Lite0, labels": ("benchmarks/int8/fashion.yaml", STATIC, {"train": LABELLED}),
     "ResNet8, clipped": ("recipes/fashion-resnet8-int8.yaml", CLIPPED, {"train": FASHION}),
-    "ResNet8, clipped, ranges learned": ("recipes/fashion-resnet8-int8.yaml", CLIPPED, {"train": FASHION, "ranges": "learned"}),
+    "ResNet8, clipped, ranges learned": (
+        "recipes/fashion-resnet8-int8.yaml",
+        CLIPPED,
+        {"train": FASHION, "ranges": "learned"},
+    ),
 }
 """Recipe, fields of quantize_int8, fields of finetune_int8."""
 

@@ -29,11 +29,11 @@ class SpellOutShapes(GraphEdit):
             (data,) = node.inputs
             assert data is not None  # ONNX: Shape has exactly one input
             _cut(model, node, data, node.attributes.get_int("start", 0), node.attributes.get_int("end", rank(data)))
-        slices = [node for node in model.graph if node.op_type == "Slice" and _bounds(node) is not None]
-        for node in slices:
-            shape, (start, end) = node.inputs[0], _bounds(node) or (0, 0)
+        slices = [(n, bounds) for n in model.graph if n.op_type == "Slice" and (bounds := _bounds(n)) is not None]
+        for node, bounds in slices:
+            shape = node.inputs[0]
             assert shape is not None
-            _cut(model, node, shape.producer().inputs[0], start, end, shape)  # type: ignore[union-attr]  # it is Shape's
+            _cut(model, node, shape.producer().inputs[0], *bounds, shape)  # type: ignore[union-attr]  # it is Shape's
         return bool(parts or slices)
 
 

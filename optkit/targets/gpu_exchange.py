@@ -65,10 +65,8 @@ class GpuArray:
 
     def __del__(self) -> None:
         if self.pointer:
-            with (
-                contextlib.suppress(Exception),
-                cuda.kept_context(),
-            ):  # the driver may be gone at the end of the process
+            # The driver may be gone at the end of the process
+            with contextlib.suppress(Exception), cuda.kept_context():
                 self._gpu.make_current()
                 self._gpu.free(self.pointer)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field
@@ -11,7 +12,7 @@ from optkit.errors import UnavailableError
 from optkit.models import Engine, OnnxModel
 from optkit.passes.base import BuildPass
 from optkit.passes.fix_sizes import fix_sizes
-from optkit.passes.legalize import legalize
+from optkit.passes.legalize import express
 from optkit.targets import AnyTarget, named_target
 
 
@@ -32,4 +33,9 @@ class BuildEngine(BuildPass):
         """The engine, in the scratch folder, from the model as the target's builder reads it."""
         dialect = self.target.dialect
         sized = fix_sizes(model, context) if dialect.tunes_for_shapes else model
-        return self.target.build(legalize(sized, dialect, context), context.scratch, context)
+        legal = express(sized, dialect, context)
+        with ThreadPoolExecutor(1) as beside:
+            checked = beside.submit(legal.check)
+            engine = self.target.build(legal.model, context.scratch, context)
+            checked.result()
+        return engine

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
 from optkit.context import Context
 from optkit.errors import PostconditionError
 from optkit.models import OnnxModel
@@ -22,11 +26,30 @@ _SPELL_OUT: tuple[GraphEdit, ...] = (SpellOutKernels(), SpellOutZeroPoints(), Sp
 def legalize(model: OnnxModel, dialect: Dialect, context: Context) -> OnnxModel:
     """The model as the builder reads it; the model itself where it reads everything.
 
-    The numbers are checked once, after the last step: for a large batch on the CPU that takes longer than the steps.
-
     Raises:
         PassError: a node cannot be expressed; the message names it.
         PostconditionError: the numbers changed.
+    """
+    legal = express(model, dialect, context)
+    legal.check()
+    return legal.model
+
+
+@dataclass(frozen=True)
+class Legal:
+    """A model as a builder reads it, and the check that it still gives the same numbers."""
+
+    model: OnnxModel
+    check: Callable[[], None]
+    """Runs both models on the CPU, which for a large batch takes far longer than the steps: it may run beside a build.
+    Raises PostconditionError if the numbers changed."""
+
+
+def express(model: OnnxModel, dialect: Dialect, context: Context) -> Legal:
+    """``legalize`` without its check, which is made once, over all steps.
+
+    Raises:
+        PassError: a node cannot be expressed; the message names it.
     """
     steps: list[GraphEdit] = [step for step in _DECOMPOSE if step.touches & dialect.lacks]
     after, done = _edited(model, [*steps, *_SPELL_OUT] if dialect.explicit else steps, context)
@@ -37,11 +60,14 @@ def legalize(model: OnnxModel, dialect: Dialect, context: Context) -> OnnxModel:
     if dialect.builder_opset is not None:
         after, lowered = _edited(after, [LowerOpset(to=dialect.builder_opset)], context)
         done += lowered
-    if done:
-        found = drift(model, after, context)
-        if not is_same(found, legal_tolerance_db(model.ir)):
-            raise PostconditionError(f"{', '.join(done)} changed the numbers: {found}; report it")
-    return after
+    # A clone, because saving a model moves its weights about while it lasts
+    return Legal(after, partial(_check, model, after.clone(), done, context) if done else lambda: None)
+
+
+def _check(model: OnnxModel, after: OnnxModel, done: list[str], context: Context) -> None:
+    found = drift(model, after, context)
+    if not is_same(found, legal_tolerance_db(model.ir)):
+        raise PostconditionError(f"{', '.join(done)} changed the numbers: {found}; report it")
 
 
 def _edited(model: OnnxModel, steps: list[GraphEdit], context: Context) -> tuple[OnnxModel, list[str]]:

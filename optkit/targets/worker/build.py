@@ -104,7 +104,7 @@ def build(request: Request, send: Send) -> dict[str, Any]:
         "timing_cache": cache.told,
         "version": trt.__version__,
         "bytes": plan.nbytes,
-        "seconds": {"parse": parsed - start, "build": built - parsed},
+        "seconds": {"parse": parsed - start, "build": built - parsed, "inspect": time.perf_counter() - built},
         "tensors": _boundary(network),
         "network": {"layers": network.num_layers, "types": _layer_types(network), "decomposed_attention": decomposed},
     }

@@ -20,7 +20,7 @@ import optkit
 
 def run(path: str) -> dict[str, Any]:
     """The outputs of a bundle's engine for random inputs, as PyCUDA's arrays."""
-    import pycuda.autoinit  # noqa: F401 (makes the context that the arrays below belong to)
+    import pycuda.autoprimaryctx  # noqa: F401 (the context that PyTorch and optkit use too)
     from pycuda import gpuarray
 
     bundle = optkit.load(path)

@@ -47,9 +47,18 @@ def test_a_bundle_takes_tensors_on_the_gpu(bundle):
         np.testing.assert_array_equal(as_numpy(late, "x"), X)
 
 
-def test_takes_pycudas_arrays_and_leaves_its_context_current(bundle):
+@pytest.fixture
+def driver():
+    """PyCUDA's driver with a context of its own, which no later test must find current."""
     driver = pytest.importorskip("pycuda.driver")
-    pytest.importorskip("pycuda.autoinit")
+    driver.init()
+    context = driver.Device(0).make_context()
+    yield driver
+    context.pop()
+    context.detach()
+
+
+def test_takes_pycudas_arrays_and_leaves_its_context_current(bundle, driver):
     gpuarray = pytest.importorskip("pycuda.gpuarray")
     before = driver.Context.get_current()
     np.testing.assert_array_equal(bundle(gpuarray.to_gpu(X))["y"], bundle(X)["y"])

@@ -127,7 +127,7 @@ def test_builds_and_runs_a_float_model(target, conv, context, kind, precision):
 def test_builds_and_runs_int8(target, qdq, context):
     engine = build(target, qdq, context)
     inspector = engine.records["inspector"]
-    assert inspector["precisions"]["INT8"] >= 2
+    assert inspector["precisions"]["INT8"] >= 2, inspector["layers"]
     assert inspector["islands"] == []
     named = {node for layer in inspector["layers"] if layer["precision"] == "INT8" for node in layer["nodes"]}
     assert {"first", "second"} <= named

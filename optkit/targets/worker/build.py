@@ -125,11 +125,13 @@ def _information(trt: Any, logger: Any, plan: Any) -> Any:
     engine = trt.Runtime(logger).deserialize_cuda_engine(plan)
     if engine is None:
         raise RefusalError(last_error(logger))
-    inspector = engine.create_engine_inspector()
-    context = _context_at_best(trt, engine)
-    if context is not None:
-        inspector.execution_context = context
-    return json.loads(inspector.get_engine_information(trt.LayerInformationFormat.JSON))
+    for context in (_context_at_best(trt, engine), None):
+        inspector = engine.create_engine_inspector()
+        if context is not None:
+            inspector.execution_context = context
+        with contextlib.suppress(ValueError):  # 8.5 tells nothing of a context of an engine with several profiles
+            return json.loads(inspector.get_engine_information(trt.LayerInformationFormat.JSON))
+    raise RefusalError(last_error(logger))
 
 
 def _context_at_best(trt: Any, engine: Any) -> Any:
@@ -233,9 +235,18 @@ def _configure(trt: Any, has: Mapping[str, bool], builder: Any, request: Request
             profile.set_shape(name, least, best, most)
         if config.add_optimization_profile(profile) < 0:
             raise RefusalError(f"TensorRT refused the optimization profile {shapes}")
+    if request["profiles"]:
+        _set_faster_dynamic_shapes(trt, config)
     if has["progress"]:
         config.progress_monitor = _progress_monitor(trt, send)
     return config
+
+
+def _set_faster_dynamic_shapes(trt: Any, config: Any) -> None:
+    """Compile dynamic shapes once rather than for each shape: 8.5 wants to be asked, later versions always do."""
+    feature = getattr(getattr(trt, "PreviewFeature", None), "FASTER_DYNAMIC_SHAPES_0805", None)
+    if feature is not None:
+        config.set_preview_feature(feature, True)
 
 
 # option of the target: the attribute of the configuration, or the builder flags

@@ -6,6 +6,7 @@ was asked for is proved from the engine and not from the request.
 
 from __future__ import annotations
 
+import logging
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -14,6 +15,8 @@ from typing import Any
 
 from optkit.errors import BuildError
 from optkit.models import OnnxModel
+
+log = logging.getLogger("optkit.targets")
 
 _WEIGHTED = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul"})
 
@@ -78,10 +81,11 @@ def _layer(told: Mapping[str, Any], names: Sequence[str]) -> Layer:
     weights = told.get("Weights")
     weights_kind = weights.get("Type", "") if isinstance(weights, Mapping) else ""
     name = str(told.get("Name", ""))
+    precision = _precision_of(weights_kind, inputs, outputs, str(told.get("TacticName", "")))
     return Layer(
         name,
         str(told.get("LayerType", "")),
-        _precision_of(weights_kind, inputs, outputs, str(told.get("TacticName", ""))),
+        "" if _hides(told, inputs, precision) else precision,
         inputs,
         outputs,
         _nodes_in(f"{name} {told.get('Metadata', '')}", names),
@@ -101,6 +105,12 @@ def _precision_of(weights: str, inputs: Sequence[str], outputs: Sequence[str], k
     """Weights that are an input of a layer, and not part of it, leave TensorRT 8 saying that it has some in FP32."""
     reads_int8 = _precision(inputs[:1]) == "INT8" or _INT8_KERNEL.search(kernel)
     return "INT8" if reads_int8 else _precision((weights, *inputs, *outputs))
+
+
+def _hides(told: Mapping[str, Any], inputs: Sequence[str], precision: str) -> bool:
+    """Whether wide types at its border say nothing of a layer: one of many nodes, or of formats that are not told."""
+    opaque = told.get("LayerType") == "Myelin" or any("dynamic shapes" in text for text in inputs)
+    return opaque and precision in ("FP32", "INT32", "INT64", "BOOL")
 
 
 def _precision(texts: Iterable[str]) -> str:
@@ -135,7 +145,7 @@ def summary(layers: Sequence[Layer], model: OnnxModel) -> dict[str, Any]:
     computing = [layer for layer in layers if layer.computes]
     return {
         "count": len(layers),
-        "precisions": dict(Counter(layer.precision or "other" for layer in computing).most_common()),
+        "precisions": dict(Counter(layer.precision or "not told" for layer in computing).most_common()),
         "reformats": sum(layer.reformats for layer in layers),
         "islands": _islands(layers, model),
         "layers": [asdict(layer) for layer in layers],
@@ -160,18 +170,22 @@ def _int8_nodes(model: OnnxModel) -> list[str]:
     return found
 
 
-def prove(layers: Sequence[Layer], model: OnnxModel, asked: Sequence[str]) -> None:
+def prove(layers: Sequence[Layer], model: OnnxModel, asked: Sequence[str]) -> list[str]:
     """Check that the engine computes in the lowest precision that was asked for.
 
-    Where INT8 was, what little is left beside it may well run in float32 instead of FP16.
+    Where INT8 was, what little is left beside it may well run in float32 instead of FP16. TensorRT 8 makes one layer
+    of a whole transformer and hides what is in it: then nothing is proved, nor is the opposite, and a warning says so.
 
     Args:
         layers: those of the engine; with none there is nothing to tell, which is an error as well.
         model: what the engine was built from.
         asked: ``INT8``, ``FP16``, ``BF16``.
 
+    Returns:
+        The precisions that could not be proved, because layers that may compute in them do not tell theirs.
+
     Raises:
-        BuildError: one is missing; the message says what the engine has instead.
+        BuildError: one is missing, and every layer tells its precision; the message says what the engine has instead.
     """
     if not layers:
         raise BuildError("TensorRT tells nothing about the engine's layers, so its precision cannot be proved")
@@ -180,10 +194,18 @@ def prove(layers: Sequence[Layer], model: OnnxModel, asked: Sequence[str]) -> No
         asked = [name for name in asked if name != "INT8"]
     lowest = ["INT8"] if "INT8" in asked else asked
     missing = [name for name in lowest if not have[name]]
-    if missing:
-        told = ", ".join(f"{count} in {name or 'no precision told'}" for name, count in have.most_common())
+    if missing and have[""]:
+        log.warning(
+            "TensorRT does not tell the precision of %d of %d layers: that the engine computes in %s is not proved",
+            have[""],
+            sum(have.values()),
+            " and ".join(missing),
+        )
+    elif missing:
+        told = ", ".join(f"{count} in {name}" for name, count in have.most_common())
         raise BuildError(
             f"{' and '.join(missing)} was asked for, and no layer of the engine computes in it ({told}): TensorRT has "
             "no kernel for it here or found none faster; build in another precision, or exclude what keeps it from "
             "fusing"
         )
+    return missing

@@ -121,14 +121,14 @@ class TensorRtTarget(Target):
         }
         told = tensorrt_plan.build(model, folder, options, self._limits, context.progress)
         layers = engine_layers.read_layers(told.pop("information"), model)
-        engine_layers.prove(layers, model, weak.get("precisions") or _precisions(model))
+        unproved = engine_layers.prove(layers, model, weak.get("precisions") or _precisions(model))
         gpu = cuda.detect().gpus[0]
         records = {
             "files": [],
             **told,
             "gpu": gpu.name,
             "compute_capability": gpu.capability,
-            "inspector": engine_layers.summary(layers, model),
+            "inspector": {**engine_layers.summary(layers, model), "unproved": unproved},
         }
         return Engine(folder / tensorrt_plan.PLAN_FILE, self.name, model.signature, records)
 

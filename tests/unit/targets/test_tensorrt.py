@@ -74,6 +74,19 @@ def test_the_kernel_tells_where_formats_depend_on_shapes(onnx_model):
     engine_layers.prove(layers, model, ["INT8"])
 
 
+def test_a_layer_that_hides_its_precision_proves_nothing_and_disproves_nothing(onnx_model, caplog):
+    """TensorRT 8.5.3 makes one layer of a whole BERT, of which it tells the token ids alone (on an H200)."""
+    tensors = [{"Name": "ids", "Format/Datatype": "Row major linear INT32"}]
+    whole = {"Name": "{ForeignNode[a...b]}", "LayerType": "Myelin", "Inputs": tensors, "Outputs": tensors}
+    model = onnx_model(QDQ)
+    layers = engine_layers.read_layers({"Layers": [whole]}, model)
+    assert engine_layers.summary(layers, model)["precisions"] == {"not told": 1}
+    assert engine_layers.prove(layers, model, ["INT8"]) == ["INT8"]
+    assert "does not tell the precision of 1 of 1 layers" in caplog.text
+    both = engine_layers.read_layers({"Layers": [whole, LAYER_8]}, model)
+    assert engine_layers.prove(both, model, ["INT8"]) == []
+
+
 def test_tells_islands(onnx_model):
     model = onnx_model(QDQ)
     told = engine_layers.summary(engine_layers.read_layers({"Layers": [LAYER_11, REFORMAT]}, model), model)

@@ -126,7 +126,7 @@ def test_builds_and_runs_a_float_model(target, conv, context, kind, precision):
 
 def test_builds_and_runs_int8(target, qdq, context):
     # 8.5 tells no formats of dynamic shapes
-    qdq = replace(qdq, signature=replace(qdq.signature, dims={"N": DimRange(2, 2, 2)}))
+    qdq = replace(qdq, signature=replace(qdq.signature, dims={"N": DimRange(4, 4, 4)}))
     engine = build(target, qdq, context)
     inspector = engine.records["inspector"]
     assert inspector["precisions"]["INT8"] >= 2, inspector["layers"]

@@ -133,12 +133,11 @@ def _tensorrt() -> Iterator[Finding]:
         yield _target(target, "build", target.can_build())
         yield _target(target, "run", target.can_run())
     try:
-        found = probe()
+        module = probe("tensorrt")
     except OptkitError as error:
         yield Finding("tensorrt", False, str(error), "unset OPTKIT_TENSORRT_PYTHON, or set it to a Python")
         return
-    module = found["modules"]["tensorrt"]
-    detail = f"{module.get('version') or module['error']}, in Python {found['python']} at {worker_python()}"
+    detail = f"{module.get('version') or module['error']}, in Python {module['python']} at {worker_python()}"
     mend = "pip install tensorrt there, or set OPTKIT_TENSORRT_PYTHON to a Python that has it"
     yield Finding("tensorrt", "version" in module, detail, "" if "version" in module else mend)
 

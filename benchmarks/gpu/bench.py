@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import subprocess
 import sys
 import tempfile
 import time
@@ -28,13 +29,15 @@ from optkit.models import DimRange, Engine, Feeds, OnnxModel, Signature, TorchMo
 from optkit.numerics import compare
 from optkit.passes.build_engine import BuildEngine
 from optkit.passes.fix_sizes import fix_sizes
+from optkit.passes.legalize import express
 from optkit.recipe import LatencySettings
 from optkit.targets import cuda
-from optkit.targets.base import Runner
+from optkit.targets.base import WEAK_TYPES, Runner
 from optkit.targets.onnxruntime import open_onnx
 from optkit.targets.onnxruntime_cuda import OnnxRuntimeCudaTarget
 from optkit.targets.pytorch_cuda import TorchCudaRunner
 from optkit.targets.tensorrt import TensorRtTarget
+from optkit.targets.worker_client import worker_python
 from optkit.validation.contest import Contest, Entrant
 from optkit.validation.latency import latency_document, measure_latency
 
@@ -69,9 +72,7 @@ class Bench:
         engines = {p: self.build(f"{name} batch {batch} {p}", graphs[p], context) for p in ("fp16", "int8")}
         if self.twice:
             self.twice = False
-            cold = self.target.model_copy(update={"timing_cache": str(self.out / "timing-twice")})
-            for which in ("cold", "again"):
-                self.build(f"{name} batch {batch} int8 {which}", graphs["int8"], context, cold)
+            self.build_twice(f"{name} batch {batch} int8", graphs["int8"], context)
         row: dict[str, Any] = {"model": name, "batch": batch, "failed": {}}
         with contextlib.ExitStack() as opened:
             entrants = list(self.entrants(name, torch_side, graphs, engines, context, opened, row["failed"]))
@@ -115,6 +116,27 @@ class Bench:
         print(f"{what}: {json.dumps({k: records[k] for k in ('seconds', 'timing_cache', 'inspector')})}", flush=True)
         self.save()
         return engine
+
+    def build_twice(self, what: str, graph: OnnxModel, context: Context) -> None:
+        """Build without a timing cache and with the one of that build, both with optkit and with TensorRT alone."""
+        import onnx_ir as ir
+
+        ours = self.target.model_copy(update={"timing_cache": str(self.out / "timing-twice")})
+        legal = express(graph, ours.dialect, context).model
+        onnx = self.work / "bare.onnx"
+        ir.save(legal.ir, onnx)
+        flags = ",".join(legal.records[WEAK_TYPES]["precisions"])
+        for which in ("cold", "again"):
+            self.build(f"{what} {which}", graph, context, ours)
+            log = self.out / f"bare-{which}.log"
+            command = [worker_python(), "benchmarks/gpu/bare_build.py", onnx, "--precisions", flags, "--log", log]
+            command += ["--plan", self.work / "bare.plan", "--cache", self.work / "bare.cache"]
+            started = time.perf_counter()
+            done = subprocess.run(list(map(str, command)), stdout=subprocess.PIPE, check=True, text=True)
+            told = {"seconds_in_all": time.perf_counter() - started, **json.loads(done.stdout)}
+            self.document["engines"][f"{what} {which}, TensorRT alone"] = told
+            print(f"{what} {which}, TensorRT alone: {told}", flush=True)
+            self.save()
 
     def entrants(
         self,
@@ -221,7 +243,7 @@ def main() -> None:
     parser.add_argument(
         "--twice",
         action="store_true",
-        help="build the first INT8 without a timing cache, and again: what does it save?",
+        help="build the first INT8 without a timing cache, and again, with optkit and with TensorRT alone",
     )
     chosen = parser.parse_args()
     for folder in (chosen.out, chosen.work):

@@ -36,6 +36,11 @@ _REFORMAT = re.compile(r"reformat", re.I)
 _INT8_KERNEL = re.compile(r"_i8i8_")
 """What TensorRT 8.5.3 names them by; of layers with dynamic shapes it told no formats (on an H200)."""
 
+HIDDEN = "hidden"
+"""The precision of a layer that may compute in a narrower one than it tells."""
+
+_WIDE = frozenset({"", "FP32", "INT32", "INT64", "BOOL"})
+
 
 @dataclass(frozen=True)
 class Layer:
@@ -44,7 +49,8 @@ class Layer:
     Attributes:
         name: TensorRT's.
         kind: TensorRT's type of layer.
-        precision: INT8 if it reads INT8; else that of its weights, else of what it reads, else of what it writes.
+        precision: INT8 if it reads INT8; else that of its weights, else of what it reads, else of what it writes;
+            ``""`` if TensorRT tells none of these, ``HIDDEN`` if what it tells says nothing of the inside.
         inputs: formats of what it reads, as TensorRT words them.
         outputs: formats of what it writes.
         nodes: the ONNX nodes that it computes, as far as names tell.
@@ -78,14 +84,11 @@ def read_layers(information: Mapping[str, Any], model: OnnxModel) -> list[Layer]
 
 def _layer(told: Mapping[str, Any], names: Sequence[str]) -> Layer:
     inputs, outputs = (tuple(_format(t) for t in told.get(side, ()) if t) for side in ("Inputs", "Outputs"))
-    weights = told.get("Weights")
-    weights_kind = weights.get("Type", "") if isinstance(weights, Mapping) else ""
     name = str(told.get("Name", ""))
-    precision = _precision_of(weights_kind, inputs, outputs, str(told.get("TacticName", "")))
     return Layer(
         name,
         str(told.get("LayerType", "")),
-        "" if _hides(told, inputs, precision) else precision,
+        _precision_of(told, inputs, outputs),
         inputs,
         outputs,
         _nodes_in(f"{name} {told.get('Metadata', '')}", names),
@@ -101,16 +104,15 @@ def _format(tensor: Any) -> str:
     return " ".join(str(part) for part in parts if part)
 
 
-def _precision_of(weights: str, inputs: Sequence[str], outputs: Sequence[str], kernel: str) -> str:
-    """Weights that are an input of a layer, and not part of it, leave TensorRT 8 saying that it has some in FP32."""
-    reads_int8 = _precision(inputs[:1]) == "INT8" or _INT8_KERNEL.search(kernel)
-    return "INT8" if reads_int8 else _precision((weights, *inputs, *outputs))
-
-
-def _hides(told: Mapping[str, Any], inputs: Sequence[str], precision: str) -> bool:
-    """Whether wide types at its border say nothing of a layer: one of many nodes, or of formats that are not told."""
+def _precision_of(told: Mapping[str, Any], inputs: Sequence[str], outputs: Sequence[str]) -> str:
+    # Weights that are an input of a layer, and not part of it, leave TensorRT 8 saying that it has some in FP32
+    if _precision(inputs[:1]) == "INT8" or _INT8_KERNEL.search(str(told.get("TacticName", ""))):
+        return "INT8"
+    weights = told.get("Weights")
+    found = _precision((weights.get("Type", "") if isinstance(weights, Mapping) else "", *inputs, *outputs))
+    # Its border says nothing of one layer made of many nodes, nor do formats that are not told
     opaque = told.get("LayerType") == "Myelin" or any("dynamic shapes" in text for text in inputs)
-    return opaque and precision in ("FP32", "INT32", "INT64", "BOOL")
+    return HIDDEN if opaque and found in _WIDE else found
 
 
 def _precision(texts: Iterable[str]) -> str:
@@ -155,7 +157,7 @@ def summary(layers: Sequence[Layer], model: OnnxModel) -> dict[str, Any]:
 def _islands(layers: Sequence[Layer], model: OnnxModel) -> list[str]:
     """Weighted nodes that the graph has in INT8 and the engine in another precision, as far as names tell."""
     found = {node: layer.precision for layer in layers for node in layer.nodes if layer.computes}
-    return [name for name in _int8_nodes(model) if found.get(name, "INT8") not in ("INT8", "")]
+    return [name for name in _int8_nodes(model) if found.get(name, "INT8") not in ("INT8", "", HIDDEN)]
 
 
 def _int8_nodes(model: OnnxModel) -> list[str]:
@@ -182,10 +184,10 @@ def prove(layers: Sequence[Layer], model: OnnxModel, asked: Sequence[str]) -> li
         asked: ``INT8``, ``FP16``, ``BF16``.
 
     Returns:
-        The precisions that could not be proved, because layers that may compute in them do not tell theirs.
+        The precisions that could not be proved, because layers that may compute in them hide theirs.
 
     Raises:
-        BuildError: one is missing, and every layer tells its precision; the message says what the engine has instead.
+        BuildError: one is missing, and no layer hides its precision; the message says what the engine has instead.
     """
     if not layers:
         raise BuildError("TensorRT tells nothing about the engine's layers, so its precision cannot be proved")
@@ -194,15 +196,15 @@ def prove(layers: Sequence[Layer], model: OnnxModel, asked: Sequence[str]) -> li
         asked = [name for name in asked if name != "INT8"]
     lowest = ["INT8"] if "INT8" in asked else asked
     missing = [name for name in lowest if not have[name]]
-    if missing and have[""]:
+    if missing and have[HIDDEN]:
         log.warning(
-            "TensorRT does not tell the precision of %d of %d layers: that the engine computes in %s is not proved",
-            have[""],
+            "TensorRT hides the precision of %d of %d layers: that the engine computes in %s is not proved",
+            have[HIDDEN],
             sum(have.values()),
             " and ".join(missing),
         )
     elif missing:
-        told = ", ".join(f"{count} in {name}" for name, count in have.most_common())
+        told = ", ".join(f"{count} in {name or 'none that is told'}" for name, count in have.most_common())
         raise BuildError(
             f"{' and '.join(missing)} was asked for, and no layer of the engine computes in it ({told}): TensorRT has "
             "no kernel for it here or found none faster; build in another precision, or exclude what keeps it from "

@@ -195,7 +195,7 @@ def _features() -> Mapping[str, bool]:
 
 @cache
 def _features_of(python: str) -> Mapping[str, bool]:
-    found: Mapping[str, bool] = probe(python)["modules"][MODULE].get("features", {})
+    found: Mapping[str, bool] = probe(MODULE, python).get("features", {})
     return found
 
 

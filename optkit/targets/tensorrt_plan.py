@@ -22,7 +22,7 @@ _SHOWN_NODES = 5
 def find(module: str, install: str) -> Availability:
     """Whether the worker's Python has ``module``; ``install`` is the command that would put it there."""
     try:
-        found = probe()["modules"][module]
+        found = probe(module)
     except UnavailableError as error:
         reason, _, mend = str(error).rpartition(": ")
         return Availability(False, reason, mend)
@@ -40,7 +40,7 @@ def find(module: str, install: str) -> Availability:
 
 def version(module: str) -> str | None:
     """The version of ``module`` in the worker's Python, if it has it."""
-    found: str | None = probe()["modules"][module].get("version")
+    found: str | None = probe(module).get("version")
     return found
 
 

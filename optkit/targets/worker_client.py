@@ -26,6 +26,9 @@ PYTHON_VARIABLE = "OPTKIT_TENSORRT_PYTHON"
 # The folder of this file holds modules that are named like the packages that they use: it must not stay on the path
 _BOOT = "import sys; sys.path[0] = sys.argv[1]; from worker.serve import main; del sys.path[0]; main()"
 
+# CUDA from 11.7 on: load a kernel when it is first called, and not all of TensorRT's when the process starts
+_LAZY = {"CUDA_MODULE_LOADING": "LAZY"}
+
 _LOG_LINES = 12
 _PROBE_SECONDS = 120.0
 
@@ -66,10 +69,9 @@ class Worker:
         # Appending: this process reads it while the worker goes on writing
         self._log = tempfile.TemporaryFile("a+b")  # noqa: SIM115
         command = [self._python, "-c", _BOOT, str(Path(__file__).resolve().parent)]
+        pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": self._log}
         try:
-            self._process = subprocess.Popen(
-                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log, start_new_session=True
-            )
+            self._process = subprocess.Popen(command, **pipes, env=_LAZY | os.environ, start_new_session=True)
         except OSError as error:
             self._log.close()
             raise UnavailableError(
@@ -225,12 +227,24 @@ def _cause_of_death(code: int) -> tuple[str, str]:
     return f"crashed with {names[number]}", "TensorRT itself failed; its log may name the layer"
 
 
-def probe(python: str | None = None) -> dict[str, Any]:
-    """Which Python the worker runs, and for tensorrt and tensorrt_rtx their version and features, or why not.
+_probed: dict[tuple[str, str], dict[str, Any]] = {}
+
+
+def probe(module: str, python: str | None = None) -> dict[str, Any]:
+    """What the worker's Python says of ``tensorrt`` or ``tensorrt_rtx``: ``version`` and ``features``, else ``error``.
+
+    The version of that Python is with it, as ``python``. A worker takes seconds to import TensorRT, so what was found
+    is remembered; what was not is looked for again, as somebody may have installed it since.
 
     Raises:
         UnavailableError: the Python cannot be started.
         BuildError: it does not behave as a Python does, or dies.
     """
+    key = (python or worker_python(), module)
+    if key in _probed:
+        return _probed[key]
     with Worker(Limits(_PROBE_SECONDS), python) as worker:
-        return worker.call({"do": "probe", "modules": ["tensorrt", "tensorrt_rtx"]})
+        found = worker.call({"do": "probe", "module": module})
+    if "error" not in found:
+        _probed[key] = found
+    return found

@@ -33,15 +33,13 @@ class RefusalError(Exception):
 
 
 def probe(request: Request, send: Send) -> dict[str, Any]:
-    """Which of ``modules`` can be imported: version and features of each, or why not."""
-    found: dict[str, Any] = {}
-    for name in request["modules"]:
-        try:
-            trt = importlib.import_module(name)
-            found[name] = {"version": trt.__version__, "features": features(trt)}
-        except Exception as error:  # a broken library raises anything
-            found[name] = {"error": f"{type(error).__name__}: {error}"}
-    return {"python": platform.python_version(), "modules": found}
+    """Whether ``module`` can be imported: its version and features, or ``error`` says why not."""
+    try:
+        trt = importlib.import_module(request["module"])
+        found = {"version": trt.__version__, "features": features(trt)}
+    except Exception as error:  # a broken library raises anything
+        found = {"error": f"{type(error).__name__}: {error}"}
+    return dict(found, python=platform.python_version())
 
 
 def features(trt: Any) -> dict[str, bool]:
@@ -77,6 +75,7 @@ def build(request: Request, send: Send) -> dict[str, Any]:
     Raises:
         RefusalError: TensorRT refused a node, the configuration, or the network as a whole.
     """
+    begun = time.perf_counter()
     trt = importlib.import_module(request["module"])
     has = features(trt)
     logger = make_logger(trt)
@@ -104,7 +103,12 @@ def build(request: Request, send: Send) -> dict[str, Any]:
         "timing_cache": cache.told,
         "version": trt.__version__,
         "bytes": plan.nbytes,
-        "seconds": {"parse": parsed - start, "build": built - parsed, "inspect": time.perf_counter() - built},
+        "seconds": {
+            "start": start - begun,
+            "parse": parsed - start,
+            "build": built - parsed,
+            "inspect": time.perf_counter() - built,
+        },
         "tensors": _boundary(network),
         "network": {"layers": network.num_layers, "types": _layer_types(network), "decomposed_attention": decomposed},
     }
@@ -125,10 +129,11 @@ def _information(trt: Any, logger: Any, plan: Any) -> Any:
     engine = trt.Runtime(logger).deserialize_cuda_engine(plan)
     if engine is None:
         raise RefusalError(last_error(logger))
-    for context in (_context_at_best(trt, engine), None):
+    context = _context_at_best(trt, engine)
+    for chosen in (context, None) if context is not None else (None,):
         inspector = engine.create_engine_inspector()
-        if context is not None:
-            inspector.execution_context = context
+        if chosen is not None:
+            inspector.execution_context = chosen
         with contextlib.suppress(ValueError):  # 8.5 tells nothing of a context of an engine with several profiles
             return json.loads(inspector.get_engine_information(trt.LayerInformationFormat.JSON))
     raise RefusalError(last_error(logger))

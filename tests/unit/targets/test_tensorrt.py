@@ -80,11 +80,20 @@ def test_a_layer_that_hides_its_precision_proves_nothing_and_disproves_nothing(o
     whole = {"Name": "{ForeignNode[a...b]}", "LayerType": "Myelin", "Inputs": tensors, "Outputs": tensors}
     model = onnx_model(QDQ)
     layers = engine_layers.read_layers({"Layers": [whole]}, model)
-    assert engine_layers.summary(layers, model)["precisions"] == {"not told": 1}
+    assert engine_layers.summary(layers, model)["precisions"] == {"hidden": 1}
     assert engine_layers.prove(layers, model, ["INT8"]) == ["INT8"]
-    assert "does not tell the precision of 1 of 1 layers" in caplog.text
+    assert "hides the precision of 1 of 1 layers" in caplog.text
     both = engine_layers.read_layers({"Layers": [whole, LAYER_8]}, model)
     assert engine_layers.prove(both, model, ["INT8"]) == []
+
+
+def test_a_layer_without_formats_is_no_excuse_for_a_precision_that_is_missing(onnx_model):
+    model = onnx_model(QDQ)
+    shape = {"Name": "[shape]", "LayerType": "ShapeHostToDevice", "Inputs": [], "Outputs": []}
+    layers = engine_layers.read_layers({"Layers": [LAYER_11, shape]}, model)
+    assert engine_layers.summary(layers, model)["precisions"] == {"FP16": 1, "not told": 1}
+    with pytest.raises(BuildError, match=r"\(1 in FP16, 1 in none that is told\)"):
+        engine_layers.prove(layers, model, ["INT8"])
 
 
 def test_tells_islands(onnx_model):

@@ -138,24 +138,30 @@ def test_runs_on_an_old_python_and_without_optkit(source):
 
 
 def test_probes_the_python_that_runs_optkit():
-    found = probe()
+    found = probe("tensorrt_rtx")
     assert found["python"].startswith(f"{sys.version_info.major}.{sys.version_info.minor}.")
-    assert set(found["modules"]) == {"tensorrt", "tensorrt_rtx"}
-    for module in found["modules"].values():
-        assert ("error" in module) != ("version" in module)
+    assert ("error" in found) != ("version" in found)
 
 
 @linux
 def test_probes_a_python_without_anything_installed(script, monkeypatch):
     monkeypatch.setenv(PYTHON_VARIABLE, script(f'exec {sys.executable} -I -S "$@"'))
-    modules = probe()["modules"]
-    assert modules["tensorrt"]["error"] == "ModuleNotFoundError: No module named 'tensorrt'"
-    assert modules["tensorrt_rtx"]["error"] == "ModuleNotFoundError: No module named 'tensorrt_rtx'"
+    assert probe("tensorrt")["error"] == "ModuleNotFoundError: No module named 'tensorrt'"
+
+
+@linux
+def test_remembers_what_is_there_and_looks_again_for_what_was_missing(script, tmp_path):
+    started = tmp_path / "started"
+    python = script(f'echo >> {started}; PYTHONPATH={tmp_path} exec {sys.executable} -S "$@"')
+    assert "error" in probe("tensorrt", python)
+    (tmp_path / "tensorrt.py").write_text("__version__ = '0.0'")
+    assert [probe("tensorrt", python)["version"] for _ in range(3)] == ["0.0"] * 3
+    assert started.read_text() == "\n\n"
 
 
 def test_says_which_python_cannot_be_started(tmp_path):
     with pytest.raises(UnavailableError, match=rf"missing' cannot be started .*: set {PYTHON_VARIABLE}"):
-        probe(str(tmp_path / "missing"))
+        probe("tensorrt", str(tmp_path / "missing"))
 
 
 @linux
@@ -171,7 +177,7 @@ def test_says_which_python_cannot_be_started(tmp_path):
 )
 def test_tells_what_a_wrong_python_did(script, text, message):
     with pytest.raises(BuildError, match=message):
-        probe(script(text))
+        probe("tensorrt", script(text))
 
 
 @linux
@@ -199,7 +205,7 @@ def test_kills_what_the_worker_started(script, tmp_path):
     pid_file = tmp_path / "pid"
     python = script(f'sleep 1000 & echo $! > {pid_file}\nexec {sys.executable} "$@"')
     with Worker(LIMITS, python) as worker:
-        assert "modules" in worker.call({"do": "probe", "modules": []})
+        assert "python" in worker.call({"do": "probe", "module": "none"})
         child = int(pid_file.read_text())
         assert is_alive(child)
     deadline = time.monotonic() + 5
@@ -229,7 +235,7 @@ def test_keeps_prints_out_of_the_frames_and_answers_bad_requests(request_build):
 @linux
 def test_tells_when_memory_ran_out(script, request_build):
     with Worker(LIMITS) as worker:
-        worker.call({"do": "probe", "modules": ["tensorrt_rtx"]})
+        worker.call({"do": "probe", "module": "tensorrt_rtx"})
         status = Path(f"/proc/{worker.pid}/status").read_text()
     started = int(status.partition("VmPeak:")[2].split()[0])
     save_large(request_build["onnx"])
@@ -244,7 +250,7 @@ def test_tells_when_memory_ran_out(script, request_build):
 @linux
 def test_kills_a_worker_that_takes_too_much_memory(request_build):
     with Worker(LIMITS) as worker:
-        worker.call({"do": "probe", "modules": ["tensorrt_rtx"]})
+        worker.call({"do": "probe", "module": "tensorrt_rtx"})
         limit = memory_of(worker, "VmHWM") + 40
     save_large(request_build["onnx"])
     with Worker(Limits(60, limit)) as worker:
@@ -269,7 +275,7 @@ def test_counts_the_workers_own_memory_and_not_that_of_its_parent():
     code = (
         "import numpy as np; held = np.ones(300 << 17)\n"  # 300 MB before the worker begins
         "from optkit.targets.worker_client import Limits, Worker\n"
-        "with Worker(Limits(60, 200)) as worker: print(worker.call({'do': 'probe', 'modules': []})['python'])"
+        "with Worker(Limits(60, 200)) as worker: print(worker.call({'do': 'probe', 'module': 'none'})['python'])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.stdout.startswith("3."), done.stderr

@@ -36,10 +36,10 @@ _REFORMAT = re.compile(r"reformat", re.I)
 _INT8_KERNEL = re.compile(r"_i8i8_")
 """What TensorRT 8.5.3 names them by; of layers with dynamic shapes it told no formats (on an H200)."""
 
-HIDDEN = "hidden"
-"""The precision of a layer that may compute in a narrower one than it tells."""
+_WHOLE_NUMBERS = frozenset({"INT32", "INT64", "BOOL"})
+"""What indices and masks come in, beside what a layer computes."""
 
-_WIDE = frozenset({"", "FP32", "INT32", "INT64", "BOOL"})
+_NARROWEST = frozenset({"INT8", "FP8"})
 
 
 @dataclass(frozen=True)
@@ -49,12 +49,14 @@ class Layer:
     Attributes:
         name: TensorRT's.
         kind: TensorRT's type of layer.
-        precision: INT8 if it reads INT8; else that of its weights, else of what it reads, else of what it writes;
-            ``""`` if TensorRT tells none of these, ``HIDDEN`` if what it tells says nothing of the inside.
+        precision: INT8 if it reads INT8; else that of its weights, else of what it reads, else of what it writes, where
+            indices count last; ``""`` if TensorRT tells none of these.
         inputs: formats of what it reads, as TensorRT words them.
         outputs: formats of what it writes.
         nodes: the ONNX nodes that it computes, as far as names tell.
         tactic: the kernel, where TensorRT tells.
+        hides: whether it may compute in a narrower precision than that: its formats are not told, or only those of the
+            border of many nodes.
     """
 
     name: str
@@ -64,6 +66,7 @@ class Layer:
     outputs: tuple[str, ...]
     nodes: tuple[str, ...]
     tactic: str = ""
+    hides: bool = False
 
     @property
     def reformats(self) -> bool:
@@ -84,15 +87,22 @@ def read_layers(information: Mapping[str, Any], model: OnnxModel) -> list[Layer]
 
 def _layer(told: Mapping[str, Any], names: Sequence[str]) -> Layer:
     inputs, outputs = (tuple(_format(t) for t in told.get(side, ()) if t) for side in ("Inputs", "Outputs"))
-    name = str(told.get("Name", ""))
+    name, kind, tactic = (str(told.get(key, "")) for key in ("Name", "LayerType", "TacticName"))
+    weights = told.get("Weights")
+    # Weights that are an input of a layer, and not part of it, leave TensorRT 8 saying that it has some in FP32
+    if _precision(inputs[:1]) == "INT8" or _INT8_KERNEL.search(tactic):
+        precision = "INT8"
+    else:
+        precision = _precision((weights.get("Type", "") if isinstance(weights, Mapping) else "", *inputs, *outputs))
     return Layer(
         name,
-        str(told.get("LayerType", "")),
-        _precision_of(told, inputs, outputs),
+        kind,
+        precision,
         inputs,
         outputs,
         _nodes_in(f"{name} {told.get('Metadata', '')}", names),
-        str(told.get("TacticName", "")),
+        tactic,
+        hides=precision not in _NARROWEST and (kind == "Myelin" or any("dynamic shapes" in text for text in inputs)),
     )
 
 
@@ -104,23 +114,10 @@ def _format(tensor: Any) -> str:
     return " ".join(str(part) for part in parts if part)
 
 
-def _precision_of(told: Mapping[str, Any], inputs: Sequence[str], outputs: Sequence[str]) -> str:
-    # Weights that are an input of a layer, and not part of it, leave TensorRT 8 saying that it has some in FP32
-    if _precision(inputs[:1]) == "INT8" or _INT8_KERNEL.search(str(told.get("TacticName", ""))):
-        return "INT8"
-    weights = told.get("Weights")
-    found = _precision((weights.get("Type", "") if isinstance(weights, Mapping) else "", *inputs, *outputs))
-    # Its border says nothing of one layer made of many nodes, nor do formats that are not told
-    opaque = told.get("LayerType") == "Myelin" or any("dynamic shapes" in text for text in inputs)
-    return HIDDEN if opaque and found in _WIDE else found
-
-
 def _precision(texts: Iterable[str]) -> str:
-    for text in texts:
-        for pattern, name in _PRECISIONS:
-            if pattern.search(text):
-                return name
-    return ""
+    """The first that a text names; whole numbers only if there are no others."""
+    named = [name for text in texts for pattern, name in _PRECISIONS if pattern.search(text)]
+    return next((name for name in named if name not in _WHOLE_NUMBERS), named[0] if named else "")
 
 
 def _nodes_in(text: str, names: Sequence[str]) -> tuple[str, ...]:
@@ -147,17 +144,22 @@ def summary(layers: Sequence[Layer], model: OnnxModel) -> dict[str, Any]:
     computing = [layer for layer in layers if layer.computes]
     return {
         "count": len(layers),
-        "precisions": dict(Counter(layer.precision or "not told" for layer in computing).most_common()),
+        "precisions": dict(Counter(map(_in_words, computing)).most_common()),
         "reformats": sum(layer.reformats for layer in layers),
         "islands": _islands(layers, model),
         "layers": [asdict(layer) for layer in layers],
     }
 
 
+def _in_words(layer: Layer) -> str:
+    return f"{layer.precision} or narrower" if layer.hides and layer.precision else layer.precision or "not told"
+
+
 def _islands(layers: Sequence[Layer], model: OnnxModel) -> list[str]:
     """Weighted nodes that the graph has in INT8 and the engine in another precision, as far as names tell."""
-    found = {node: layer.precision for layer in layers for node in layer.nodes if layer.computes}
-    return [name for name in _int8_nodes(model) if found.get(name, "INT8") not in ("INT8", "", HIDDEN)]
+    told = [layer for layer in layers if layer.computes and layer.precision and not layer.hides]
+    found = {node: layer.precision for layer in told for node in layer.nodes}
+    return [name for name in _int8_nodes(model) if found.get(name, "INT8") != "INT8"]
 
 
 def _int8_nodes(model: OnnxModel) -> list[str]:
@@ -191,20 +193,23 @@ def prove(layers: Sequence[Layer], model: OnnxModel, asked: Sequence[str]) -> li
     """
     if not layers:
         raise BuildError("TensorRT tells nothing about the engine's layers, so its precision cannot be proved")
-    have = Counter(layer.precision for layer in layers if layer.computes)
+    computing = [layer for layer in layers if layer.computes]
+    have = {layer.precision for layer in computing}
     if "INT8" in asked and not _int8_nodes(model):
         asked = [name for name in asked if name != "INT8"]
     lowest = ["INT8"] if "INT8" in asked else asked
-    missing = [name for name in lowest if not have[name]]
-    if missing and have[HIDDEN]:
+    missing = [name for name in lowest if name not in have]
+    hiding = sum(layer.hides for layer in computing)
+    if missing and hiding:
         log.warning(
             "TensorRT hides the precision of %d of %d layers: that the engine computes in %s is not proved",
-            have[HIDDEN],
-            sum(have.values()),
+            hiding,
+            len(computing),
             " and ".join(missing),
         )
     elif missing:
-        told = ", ".join(f"{count} in {name or 'none that is told'}" for name, count in have.most_common())
+        counted = Counter(map(_in_words, computing)).most_common()
+        told = ", ".join(f"{count} {'' if name == 'not told' else 'in '}{name}" for name, count in counted)
         raise BuildError(
             f"{' and '.join(missing)} was asked for, and no layer of the engine computes in it ({told}): TensorRT has "
             "no kernel for it here or found none faster; build in another precision, or exclude what keeps it from "

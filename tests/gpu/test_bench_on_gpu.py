@@ -11,6 +11,7 @@ from optkit.recipe import Recipe
 QUICK = {"latency": {"rounds": 6, "seconds": 0.01, "warmup": 0.05}}
 
 
+@pytest.mark.filterwarnings("default::DeprecationWarning")  # PyTorch's compiler warns of PyTorch
 def test_times_pytorch_onnxruntime_and_tensorrt_side_by_side_on_the_gpu():
     if not torch.cuda.is_available():
         pytest.skip("torch sees no GPU")

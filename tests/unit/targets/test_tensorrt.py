@@ -75,14 +75,18 @@ def test_the_kernel_tells_where_formats_depend_on_shapes(onnx_model):
 
 
 def test_a_layer_that_hides_its_precision_proves_nothing_and_disproves_nothing(onnx_model, caplog):
-    """TensorRT 8.5.3 makes one layer of a whole BERT, of which it tells the token ids alone (on an H200)."""
-    tensors = [{"Name": "ids", "Format/Datatype": "Row major linear INT32"}]
-    whole = {"Name": "{ForeignNode[a...b]}", "LayerType": "Myelin", "Inputs": tensors, "Outputs": tensors}
+    """TensorRT 8.5.3 makes one layer of a whole BERT, of which it tells the border alone (on an H200)."""
+    ids = {"Name": "ids", "Format/Datatype": "Row major linear Int32"}
+    pooled = {"Name": "pooled", "Format/Datatype": "Row major linear FP16 format"}
+    whole = {"Name": "{ForeignNode[a...product]}", "LayerType": "Myelin", "Inputs": [ids, ids], "Outputs": [pooled]}
     model = onnx_model(QDQ)
     layers = engine_layers.read_layers({"Layers": [whole]}, model)
-    assert engine_layers.summary(layers, model)["precisions"] == {"hidden": 1}
-    assert engine_layers.prove(layers, model, ["INT8"]) == ["INT8"]
-    assert "hides the precision of 1 of 1 layers" in caplog.text
+    told = engine_layers.summary(layers, model)
+    assert told["precisions"] == {"FP16 or narrower": 1}
+    assert told["islands"] == []
+    assert engine_layers.prove(layers, model, ["FP16"]) == []
+    assert engine_layers.prove(layers, model, ["INT8", "FP16"]) == ["INT8"]
+    assert "hides the precision of 1 of 1 layers: that the engine computes in INT8" in caplog.text
     both = engine_layers.read_layers({"Layers": [whole, LAYER_8]}, model)
     assert engine_layers.prove(both, model, ["INT8"]) == []
 
@@ -92,7 +96,7 @@ def test_a_layer_without_formats_is_no_excuse_for_a_precision_that_is_missing(on
     shape = {"Name": "[shape]", "LayerType": "ShapeHostToDevice", "Inputs": [], "Outputs": []}
     layers = engine_layers.read_layers({"Layers": [LAYER_11, shape]}, model)
     assert engine_layers.summary(layers, model)["precisions"] == {"FP16": 1, "not told": 1}
-    with pytest.raises(BuildError, match=r"\(1 in FP16, 1 in none that is told\)"):
+    with pytest.raises(BuildError, match=r"\(1 in FP16, 1 not told\)"):
         engine_layers.prove(layers, model, ["INT8"])
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import TYPE_CHECKING, Literal
 
 from optkit.context import Context
@@ -9,6 +10,9 @@ from optkit.passes.graph_edit import GraphEdit, sweep
 
 if TYPE_CHECKING:
     import onnx_ir as ir
+
+# It warns of each node that it cannot evaluate, which only means that the node stays
+logging.getLogger("onnxscript.optimizer._constant_folding").setLevel(logging.ERROR)
 
 SMALL = 512 * 512
 """Elements: a folded tensor of this size never hurts."""

@@ -79,7 +79,10 @@ def build(request: Request, send: Send) -> dict[str, Any]:
     trt = importlib.import_module(request["module"])
     has = features(trt)
     logger = make_logger(trt)
-    builder = trt.Builder(logger)
+    try:
+        builder = trt.Builder(logger)
+    except TypeError as error:  # all that the binding says of a driver or a GPU that fails
+        raise RefusalError("it cannot start on this machine's GPU, and its log says why") from error
     start = time.perf_counter()
     network = builder.create_network(_network_flags(trt, has))
     _parse(trt, has, network, logger, request["onnx"])

@@ -102,6 +102,7 @@ def _settle(module: torch.nn.Module) -> None:
 
     norms = [layer for layer in module.modules() if isinstance(layer, torch.nn.BatchNorm2d)]
     for norm in norms:
+        torch.nn.init.ones_(norm.weight)  # transformers draws those of EfficientNet at random, and all values vanish
         norm.momentum = None  # the cumulative average
     if norms:
         module.train()

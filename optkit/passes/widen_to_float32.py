@@ -26,7 +26,8 @@ class WidenToFloat32(OnnxPass):
 
     TensorRT before 10 chooses each layer's precision itself, among those that are allowed. So ``precisions`` are what
     the graph computes in beside float32, and ``float32`` names the nodes that compute in float32 although others do
-    not.
+    not. A node that reads INT8 is none of these: TensorRT 8.5.3 found no kernel for one that it marked as INT8 and was
+    told to compute in float32.
     """
 
     use: Literal["widen_to_float32"] = "widen_to_float32"
@@ -65,6 +66,9 @@ def _precisions(model: ir.Model) -> list[str]:
 def _computes_float32(node: ir.Node) -> bool:
     import onnx_ir as ir
 
+    producers = [value.producer() for value in node.inputs if value is not None]
+    if any(producer is not None and producer.op_type == "DequantizeLinear" for producer in producers):
+        return False
     floats = [value for value in (*node.inputs, *node.outputs) if value is not None and value.dtype is not None]
     gives = any(value.dtype == ir.DataType.FLOAT for value in node.outputs)
     takes = any(value.dtype == ir.DataType.FLOAT and constant(value) is None for value in floats)

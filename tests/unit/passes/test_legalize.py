@@ -66,6 +66,17 @@ def test_says_what_a_typed_graph_held(onnx_model, context):
     assert same(model, legal) > 50
 
 
+def test_does_not_hold_to_float32_what_reads_int8(onnx_model, context):
+    body = """{
+        q = QuantizeLinear(x, s, z) d = DequantizeLinear(q, s, z) v = DequantizeLinear(w, s, z)
+        [int8] m = MatMul(d, v) [exact] e = Exp(m) h = Cast<to=10>(e) y = Abs(h)
+    }"""
+    weights = "<float s = {0.1}, int8 z = {0}, int8[4,4] w = {1,2,3,4,5,6,7,8,9,10,11,12,13,14,15,16}>"
+    model = onnx_model(f"g (float[N,4] x) => (float16[N,4] y) {weights} {body}")
+    legal = legalize(model, TENSORRT_8, context)
+    assert legal.records[WEAK_TYPES] == {"precisions": ["FP16", "INT8"], "float32": ["exact"]}
+
+
 def test_keeps_an_fp16_input(onnx_model, context):
     model = onnx_model("g (float16[N,4] x) => (float16[N,4] y) { y = Relu(x) }")
     legal = legalize(model, TENSORRT_8, context)

@@ -316,7 +316,10 @@ class _TimingCache:
         if self._path is None:
             return
         content = self._path.read_bytes() if self._path.exists() else b""
-        cache = self._created(content)
+        cache = self._read(content)
+        if cache is None:
+            self._warn("it is damaged and will be replaced")
+            cache = config.create_timing_cache(b"")
         config.set_timing_cache(cache, False)
         self.told = {"path": str(self._path), "read": len(content)}
 
@@ -326,22 +329,26 @@ class _TimingCache:
         cache = self._config.get_timing_cache()
         self._path.parent.mkdir(parents=True, exist_ok=True)
         with _locked(self._path.with_suffix(".lock")):
-            if self._path.exists():
-                cache.combine(self._created(self._path.read_bytes()), False)
+            there = self._read(self._path.read_bytes()) if self._path.exists() else None
+            if there is not None:
+                cache.combine(there, False)
             content = bytes(cache.serialize())
+            if self._read(content) is None:  # with 8.5.3 what a BERT's build wrote was lost to the next one
+                self._warn("TensorRT does not read back what it would write there, so it stays as it is")
+                return
             aside = self._path.with_suffix(f".{os.getpid()}")
             aside.write_bytes(content)
             aside.replace(self._path)
         self.told["written"] = len(content)
 
-    def _created(self, content: bytes) -> Any:
-        """A cache with that content; an empty one if TensorRT does not take it."""
+    def _read(self, content: bytes) -> Any:
+        """A cache with that content, or None if TensorRT does not take it."""
         with contextlib.suppress(Exception):  # whatever a damaged file provokes
-            cache = self._config.create_timing_cache(content)
-            if cache is not None:
-                return cache
-        print(f"[WARNING] the timing cache {self._path} is damaged and will be replaced", file=sys.stderr, flush=True)
-        return self._config.create_timing_cache(b"")
+            return self._config.create_timing_cache(content)
+        return None
+
+    def _warn(self, what: str) -> None:
+        print(f"[WARNING] the timing cache {self._path}: {what}", file=sys.stderr, flush=True)
 
 
 @contextlib.contextmanager

@@ -291,21 +291,26 @@ def test_opening_an_engine_without_a_driver_is_refused_and_not_a_crash(request_b
         assert worker.call({"do": "run"})["text"] == "no engine is open"  # and it goes on answering
 
 
+# Stands for a TensorRT whose timing caches are lines of text, of which it takes none that is BERT's: what the worker
+# does with them is read, merge and write a file that others write too
+TEXT_CACHES = (
+    "import sys; sys.path.insert(0, sys.argv[1]); from worker.build import _TimingCache\n"
+    "class Cache:\n"
+    "    def __init__(self, content): self.lines = set(content.split())\n"
+    "    def combine(self, other, ignore): self.lines |= other.lines; return True\n"
+    "    def serialize(self): return b' '.join(sorted(self.lines))\n"
+    "class Config:\n"
+    "    def create_timing_cache(self, content): return None if b'BERT' in content else Cache(content)\n"
+    "    def set_timing_cache(self, cache, ignore): self.cache = cache\n"
+    "    def get_timing_cache(self): return self.cache\n"
+    "config = Config()\n"
+)
+
+
 @linux
 def test_builds_at_the_same_time_share_a_timing_cache(tmp_path):
-    # Each process stands for a build by a TensorRT whose caches are lines of text: what the worker does with them is
-    # read, merge and write a file that others write too
     code = (
-        "import sys; sys.path.insert(0, sys.argv[1]); from worker.build import _TimingCache\n"
-        "class Cache:\n"
-        "    def __init__(self, content): self.lines = set(content.split())\n"
-        "    def combine(self, other, ignore): self.lines |= other.lines; return True\n"
-        "    def serialize(self): return b' '.join(sorted(self.lines))\n"
-        "class Config:\n"
-        "    def create_timing_cache(self, content): return Cache(content)\n"
-        "    def set_timing_cache(self, cache, ignore): self.cache = cache\n"
-        "    def get_timing_cache(self): return self.cache\n"
-        "config = Config()\n"
+        f"{TEXT_CACHES}"
         "for i in range(20):\n"
         "    cache = _TimingCache(None, config, sys.argv[2])\n"
         "    config.cache.lines.add(f'{sys.argv[3]}-{i}'.encode())\n"
@@ -317,3 +322,26 @@ def test_builds_at_the_same_time_share_a_timing_cache(tmp_path):
     assert [build.wait(timeout=60) for build in builds] == [0] * 4
     assert set(path.read_text().split()) == {f"{number}-{i}" for number in range(4) for i in range(20)}
     assert sorted(file.suffix for file in path.parent.iterdir()) == [".cache", ".lock"]
+
+
+@pytest.mark.parametrize(
+    ("before", "added", "after", "log"),
+    [
+        (b"Conv", "BERT", b"Conv", "does not read back"),
+        (b"BERT", "Conv", b"Conv", "it is damaged"),
+        (b"Conv", "Gemm", b"Conv Gemm", ""),
+    ],
+)
+def test_keeps_a_timing_cache_that_can_be_read(tmp_path, before, added, after, log):
+    path = tmp_path / "kernels.cache"
+    path.write_bytes(before)
+    code = (
+        f"{TEXT_CACHES}"
+        "cache = _TimingCache(None, config, sys.argv[2])\n"
+        f"config.cache.lines.add(b'{added}')\n"
+        "cache.save()\n"
+    )
+    command = [sys.executable, "-c", code, str(SOURCES[0].parent.parent), str(path)]
+    done = subprocess.run(command, check=True, stderr=subprocess.PIPE, text=True)
+    assert path.read_bytes() == after
+    assert log in done.stderr and bool(log) == bool(done.stderr)

@@ -41,7 +41,7 @@ class TorchCudaRunner:
         module = copy.deepcopy(model.module).eval().cuda()
         module = module.half() if half else module
         module = module.to(memory_format=torch.channels_last) if channels_last else module  # type: ignore[call-overload]
-        self._module: Any = torch.compile(module, mode="max-autotune-no-cudagraphs") if mode == "compile" else module
+        self._module: Any = _compiled(module) if mode == "compile" else module
         self._graphs = mode != "eager"
         self._lanes: list[tuple[Any, Any, Any]] = []
         self._laid_out: Any = None
@@ -142,3 +142,14 @@ class TorchCudaRunner:
 
     def __exit__(self, *exc: object) -> None:
         self.close()
+
+
+def _compiled(module: Any) -> Any:
+    """``torch.compile`` at its best, without the tables of kernels that it writes to standard error."""
+    import torch
+    from torch._inductor import config, select_algorithm
+
+    if hasattr(config, "max_autotune_report_choices_stats"):
+        config.max_autotune_report_choices_stats = False
+    select_algorithm.PRINT_AUTOTUNE = False
+    return torch.compile(module, mode="max-autotune-no-cudagraphs")

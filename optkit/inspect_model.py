@@ -93,7 +93,13 @@ def _bundle(path: Path) -> Document:
 
     manifest = bundle.load(path).manifest
     told = {key: manifest[key] for key in ("name", "verdict", "target", "engine", "seed", "versions", "checkpoint")}
-    document = {"path": str(path), "kind": "bundle", **told}
+    inspector = manifest["records"].get("engine", {}).get("inspector", {})
+    layers = {
+        layer["name"]: f"{layer['precision'] or 'not told'}, {layer['kind']}: {', '.join(layer['nodes']) or 'no node'}"
+        for layer in inspector.get("layers", ())
+    }
+    engine = {"engine_precisions": inspector.get("precisions"), "engine_layers": layers}
+    document = {"path": str(path), "kind": "bundle", **told, **engine}
     onnx = path / "model.onnx"
     return {**document, **_onnx(onnx)} if onnx.is_file() else document
 

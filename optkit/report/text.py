@@ -22,7 +22,7 @@ Document = Mapping[str, Any]
 
 def render(document: Document) -> str:
     """The summary of a report: verdict, accuracy, stages, latency, warnings; of parts that are missing, nothing."""
-    parts = (_verdict, _accuracy, _pruned, _search, _stages, _kept, _latency, _int8, _passes, _warnings)
+    parts = (_verdict, _accuracy, _pruned, _search, _stages, _kept, _engine, _latency, _int8, _passes, _warnings)
     blocks = ["\n".join(fitted(line) for line in part(document)) for part in parts]
     return "\n\n".join(block for block in blocks if block) + "\n"
 
@@ -134,6 +134,26 @@ def _kept(document: Document) -> Iterator[str]:
         yield from wrapped(f"{', '.join(names[:_NAMES])}{more}: {reason}")
     if len(nodes) > _REASONS:
         yield f"  and for {len(nodes) - _REASONS} more reasons, in report.json"
+
+
+def _engine(document: Document) -> Iterator[str]:
+    inspector = document.get("inspector")
+    if inspector is None:
+        return
+    if "layers" not in inspector:
+        yield from wrapped(f"Layers of the engine: not looked at, since {inspector['not_inspected']}", "")
+        return
+    precisions = inspector["precisions"]
+    counted = ", ".join(f"{count} {name if name == 'not told' else f'in {name}'}" for name, count in precisions.items())
+    reformats = inspector["reformats"]
+    yield f"Layers of the engine: {counted}" + (f"; {reformats} only change formats" if reformats else "")
+    islands = inspector["islands"]
+    if islands:
+        more = f" and {len(islands) - _NAMES} more" if len(islands) > _NAMES else ""
+        yield from wrapped(f"in INT8 in the graph and not in the engine: {', '.join(islands[:_NAMES])}{more}")
+    if inspector["unproved"]:
+        yield from wrapped(f"not proved: that it computes in {' and '.join(inspector['unproved'])}")
+    yield "  each with its ONNX nodes and formats: report.json"
 
 
 def _latency(document: Document) -> Iterator[str]:

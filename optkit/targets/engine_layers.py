@@ -41,6 +41,8 @@ _WHOLE_NUMBERS = frozenset({"INT32", "INT64", "BOOL"})
 
 _NARROWEST = frozenset({"INT8", "FP8"})
 
+_HALVES = {"float16": "FP16", "bfloat16": "BF16"}
+
 
 @dataclass(frozen=True)
 class Layer:
@@ -174,6 +176,14 @@ def _int8_nodes(model: OnnxModel) -> list[str]:
     return found
 
 
+def unproved(layers: Sequence[Layer], model: OnnxModel, asked: Sequence[str]) -> list[str]:
+    """Of the lowest precision that was asked for, what no layer computes in; arguments as of ``prove``."""
+    if "INT8" in asked and not _int8_nodes(model):
+        asked = [name for name in asked if name != "INT8"]
+    have = {layer.precision for layer in layers if layer.computes}
+    return [name for name in (["INT8"] if "INT8" in asked else asked) if name not in have]
+
+
 def prove(layers: Sequence[Layer], model: OnnxModel, asked: Sequence[str]) -> list[str]:
     """Check that the engine computes in the lowest precision that was asked for.
 
@@ -194,11 +204,7 @@ def prove(layers: Sequence[Layer], model: OnnxModel, asked: Sequence[str]) -> li
     if not layers:
         raise BuildError("TensorRT tells nothing about the engine's layers, so its precision cannot be proved")
     computing = [layer for layer in layers if layer.computes]
-    have = {layer.precision for layer in computing}
-    if "INT8" in asked and not _int8_nodes(model):
-        asked = [name for name in asked if name != "INT8"]
-    lowest = ["INT8"] if "INT8" in asked else asked
-    missing = [name for name in lowest if name not in have]
+    missing = unproved(layers, model, asked)
     hiding = sum(layer.hides for layer in computing)
     if missing and hiding:
         log.warning(
@@ -216,3 +222,11 @@ def prove(layers: Sequence[Layer], model: OnnxModel, asked: Sequence[str]) -> li
             "fusing"
         )
     return missing
+
+
+def precisions_of(model: OnnxModel) -> list[str]:
+    """The precisions beside float32 that a typed graph computes in."""
+    nodes = [node for node in model.ir.graph if node.op_type != "Cast"]
+    kinds = {str(value.dtype.numpy()) for node in nodes for value in node.outputs if value.dtype is not None}
+    quantized = any(node.op_type == "QuantizeLinear" for node in nodes)
+    return [name for kind, name in _HALVES.items() if kind in kinds] + (["INT8"] if quantized else [])

@@ -22,8 +22,6 @@ MODULE = "tensorrt"
 
 INSTALL = "pip install tensorrt"
 
-_HALVES = {"float16": "FP16", "bfloat16": "BF16"}
-
 
 class TensorRtTarget(Target):
     """TensorRT, for datacenter and other GPUs. The engine belongs to this version of TensorRT and this kind of GPU.
@@ -121,7 +119,7 @@ class TensorRtTarget(Target):
         }
         told = tensorrt_plan.build(model, folder, options, self._limits, context.progress)
         layers = engine_layers.read_layers(told.pop("information"), model)
-        unproved = engine_layers.prove(layers, model, weak.get("precisions") or _precisions(model))
+        unproved = engine_layers.prove(layers, model, weak.get("precisions") or engine_layers.precisions_of(model))
         gpu = cuda.detect().gpus[0]
         records = {
             "files": [],
@@ -203,11 +201,3 @@ def _lacking(features: Mapping[str, bool]) -> frozenset[str]:
     """Ops that have no importer there."""
     lacking = set() if features.get("normalization", True) else {"LayerNormalization"}
     return frozenset(lacking | (set() if features.get("strong_typing", True) else {"Gelu"}))
-
-
-def _precisions(model: OnnxModel) -> list[str]:
-    """The precisions beside float32 that a typed graph computes in."""
-    nodes = [node for node in model.ir.graph if node.op_type != "Cast"]
-    kinds = {str(value.dtype.numpy()) for node in nodes for value in node.outputs if value.dtype is not None}
-    quantized = any(node.op_type == "QuantizeLinear" for node in nodes)
-    return [name for kind, name in _HALVES.items() if kind in kinds] + (["INT8"] if quantized else [])

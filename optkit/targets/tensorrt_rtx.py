@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field
 
 from optkit.context import Context
 from optkit.errors import OptkitError, UnavailableError
 from optkit.models import Engine, OnnxModel
-from optkit.targets import cuda, tensorrt_plan
+from optkit.targets import cuda, engine_layers, tensorrt_plan
 from optkit.targets.base import TENSORRT, Availability, Dialect, Misfit, Runner, Target
 from optkit.targets.worker_client import Limits
 
@@ -84,7 +85,7 @@ class TensorRtRtxTarget(Target):
             "files": [],
             **told,
             "compute_capabilities": ", ".join(self.compute_capabilities) or "8.0 and later",
-            "inspector": self._inspect(plan),
+            "inspector": self._inspect(plan, model),
         }
         return Engine(plan, self.name, model.signature, records)
 
@@ -114,9 +115,14 @@ class TensorRtRtxTarget(Target):
         what = f"it was built for compute capability {built}, and {gpus[0].name} has {here}"
         return Misfit(what, {"compute_capabilities": [*self.compute_capabilities, here]})
 
-    def _inspect(self, plan: Path) -> dict[str, object]:
+    def _inspect(self, plan: Path, model: OnnxModel) -> Mapping[str, Any]:
         """The layers that TensorRT made, where there is a GPU that can load the plan."""
         gpus = cuda.detect()
         if not gpus.gpus:
             return {"not_inspected": f"TensorRT-RTX loads a plan only where it can run, and {gpus.reason}"}
-        return tensorrt_plan.inspect(plan, MODULE, self._limits)
+        told = tensorrt_plan.inspect(plan, MODULE, self._limits)
+        if "not_inspected" in told:
+            return told
+        layers, asked = engine_layers.read_layers(told, model), engine_layers.precisions_of(model)
+        unproved = engine_layers.unproved(layers, model, asked)
+        return {**engine_layers.summary(layers, model), "unproved": unproved}

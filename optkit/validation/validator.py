@@ -47,6 +47,9 @@ KEPT = "kept_float32"
 PRUNED = ("pruning", "sparsity")
 """The records of what went from a PyTorch model, and of what became zero."""
 
+INSPECTOR = "inspector"
+"""The record of an engine whose layers were read: what computes in which precision, and from which nodes."""
+
 
 @dataclass(frozen=True)
 class Report:
@@ -102,6 +105,9 @@ def validate(
         record = next((dict(s.model.records[name]) for s in reversed(stages) if name in s.model.records), None)
         if record is not None:
             report.document[name] = record
+    engine_model = stages[-1].model
+    if isinstance(engine_model, Engine) and INSPECTOR in engine_model.records:
+        report.document[INSPECTOR] = engine_model.records[INSPECTOR]
     return report
 
 

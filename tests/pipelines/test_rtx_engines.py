@@ -28,6 +28,7 @@ from optkit.pipeline import run_passes
 from optkit.quantize.calibration import Calibration
 from optkit.recipe import Recipe
 from optkit.source import load_model
+from optkit.targets import cuda
 from optkit.targets.tensorrt_rtx import TensorRtRtxTarget
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -87,5 +88,7 @@ def test_the_report_says_that_the_engine_cannot_be_run_here(tmp_path: Path):
     assert not candidate["engine_ran"] and available.reason in candidate["why_not"]
     assert (bundle.path / "engine.plan").stat().st_size > 10_000
     assert "The engine did not run on this machine" in bundle.summary
+    if not cuda.detect().gpus:
+        assert "Layers of the engine: not looked at, since TensorRT-RTX loads a plan only where" in bundle.summary
     (problem,) = verify(bundle.path)
     assert problem.exit_code == 4 and problem.mend == available.mend

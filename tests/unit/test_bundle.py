@@ -12,6 +12,7 @@ from optkit import bundle as bundles
 from optkit.bundle import Bundle
 from optkit.context import Context
 from optkit.errors import OutputError, UsageError
+from optkit.inspect_model import inspect_path
 from optkit.models import OnnxModel
 from optkit.pipeline import run_passes
 from optkit.recipe import Recipe
@@ -54,6 +55,23 @@ def test_holds_what_it_promises_and_loads_back(written: Bundle):
     assert [spec.name for spec in loaded.signature.inputs] == ["x", "y"]
     assert json.loads((written.path / "ranges.json").read_text()) == {"a": [0.0, 1.0]}
     assert set(loaded.manifest["files"]) == names - {"manifest.json"}
+
+
+def test_inspecting_it_tells_the_layers_of_its_engine(written: Bundle):
+    manifest = written.path / "manifest.json"
+    document = json.loads(manifest.read_text())
+    layers = [
+        {"name": "conv + relu", "kind": "CaskConvolution", "precision": "INT8", "nodes": ["conv", "relu"]},
+        {"name": "shape", "kind": "ShapeHostToDevice", "precision": "", "nodes": []},
+    ]
+    document["records"]["engine"]["inspector"] = {"precisions": {"INT8": 1, "not told": 1}, "layers": layers}
+    manifest.write_text(json.dumps(document))
+    told = inspect_path(written.path)
+    assert told["engine_precisions"] == {"INT8": 1, "not told": 1}
+    assert told["engine_layers"] == {
+        "conv + relu": "INT8, CaskConvolution: conv, relu",
+        "shape": "not told, ShapeHostToDevice: no node",
+    }
 
 
 def test_runs_arrays_by_position_by_name_and_as_a_mapping(written: Bundle):

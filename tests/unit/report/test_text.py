@@ -65,6 +65,19 @@ def test_the_summary_holds_the_numbers_in_tables():
     assert "- the machine was busy" in text
 
 
+def test_the_summary_counts_the_layers_of_an_engine_and_names_what_is_not_in_int8():
+    inspector = {"precisions": {"INT8": 53, "FP16 or narrower": 2, "not told": 1}, "reformats": 4, "layers": []}
+    islands = [f"conv_{i}" for i in range(8)]
+    text = render({**DOCUMENT, "inspector": {**inspector, "islands": islands, "unproved": ["INT8"]}})
+    assert "Layers of the engine: 53 in INT8, 2 in FP16 or narrower, 1 not told; 4 only change formats" in text
+    assert "in INT8 in the graph and not in the engine: conv_0, conv_1, conv_2, conv_3, conv_4, conv_5 and 2" in text
+    assert "not proved: that it computes in INT8" in text
+    proved = render({**DOCUMENT, "inspector": {**inspector, "islands": [], "unproved": []}})
+    assert "not in the engine" not in proved and "not proved" not in proved
+    text = render({**DOCUMENT, "inspector": {"not_inspected": "there is no GPU"}})
+    assert "Layers of the engine: not looked at, since there is no GPU" in text
+
+
 def test_a_broken_candidate_has_no_table_of_scores():
     document = copy.deepcopy(DOCUMENT)
     document["accuracy"] |= {"broken": "engine gives NaN in output 'logits'", "baseline": None, "candidate": None}

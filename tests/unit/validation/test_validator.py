@@ -136,6 +136,20 @@ def test_an_engine_that_cannot_run_is_replaced_by_its_onnx_and_the_report_says_s
     assert validate(stages, recipe, labelled).verdict.status == "passed"
 
 
+def test_what_the_inspector_told_of_an_engine_is_in_the_report(exported, labelled, tmp_path):
+    told = {"precisions": {"FP16": 2}, "reformats": 0, "islands": [], "unproved": [], "layers": [{"name": "conv"}]}
+    engine = Engine(tmp_path / "engine.plan", "tensorrt-rtx", exported[1].signature, {"inspector": told})
+    recipe = _recipe(passes=["export_onnx", {"use": "build_engine", "target": "tensorrt-rtx"}])
+    stages = [
+        Stage("checkpoint", exported[0], 0),
+        Stage("export_onnx", exported[1], 1),
+        Stage("build_engine", engine, 1),
+    ]
+    report = validate(stages, recipe, labelled)
+    assert report.document["inspector"] == told
+    assert "Layers of the engine: 2 in FP16\n" in render(report.document)
+
+
 def test_a_lower_precision_is_timed_against_the_optimized_float_model(exported, labelled):
     onnx_model = exported[1]
     half = onnx_model.clone()

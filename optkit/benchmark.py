@@ -32,6 +32,7 @@ from optkit.targets import AnyTarget
 from optkit.targets.base import Runner
 from optkit.targets.pytorch import open_torch
 from optkit.targets.pytorch_cuda import Mode, TorchCudaRunner
+from optkit.targets.tensorrt_runner import TensorRtRunner
 from optkit.validation.contest import Contest, Entrant
 from optkit.validation.latency import Timings, latency_document, latency_feeds, measure_latency
 from optkit.validation.statistics import Interval, median_of_rounds, percentile_needs, ratio_of_rounds
@@ -138,6 +139,7 @@ def bench(
     on: Sequence[str] = PLATFORMS,
     batches: Sequence[int] | None = None,
     contexts: Sequence[int] = (1,),
+    transfers: bool = False,
     bound: float | None = None,
     progress: Progress = silent,
 ) -> Bench:
@@ -156,6 +158,7 @@ def bench(
         batches: the sizes of the batch; None for ``BATCHES``, or for the only one that the model takes.
         contexts: how many calls at once, on targets that have execution contexts (TensorRT); each number is a
             contestant.
+        transfers: a row more for what can be timed with its copies from and to pinned host memory (TensorRT).
         bound: a latency in seconds; the table then says which batch keeps to it.
         progress: draws a progress bar over long loops.
 
@@ -185,7 +188,7 @@ def bench(
         context = Context(first.target, Path(scratch), data, first.seed, threads, progress)
         exports = _Exports(start)
         contestants = [one for platform in on for one in _contestants(platform, exports, loaded, contexts, context)]
-        heats = [_run(contestants, _at(start.signature, batch), first, context) for batch in sizes]
+        heats = [_run(contestants, _at(start.signature, batch), first, context, transfers) for batch in sizes]
     return _reported(heats, contestants, first, start.signature, bound)
 
 
@@ -340,7 +343,9 @@ class _Heat:
     latency: dict[str, Any] | None
 
 
-def _run(contestants: Sequence[Contestant], signature: Signature, recipe: Recipe, context: Context) -> _Heat:
+def _run(
+    contestants: Sequence[Contestant], signature: Signature, recipe: Recipe, context: Context, transfers: bool
+) -> _Heat:
     """Open everyone who can run, and time them in the same interleaved rounds."""
     samples = context.data or random_data(signature, context.seed)
     feeds, _ = latency_feeds(signature, samples, context)
@@ -358,6 +363,9 @@ def _run(contestants: Sequence[Contestant], signature: Signature, recipe: Recipe
                 not_run[contestant.name] = reason(error)
             else:
                 entrants.append(Entrant(contestant.name, runner))
+                if transfers and isinstance(runner, TensorRtRunner):
+                    entrants.append(Entrant(f"{contestant.name}, with transfers", runner.with_transfers()))
+                    outputs[entrants[-1].name] = outputs[contestant.name]
         batch = signature.range(signature.batch).opt if signature.batch else _only_batch(signature, None)[0]
         if not entrants:
             return _Heat((), batch, not_run, None)

@@ -620,6 +620,9 @@ def time_side_by_side(
     contexts: Annotated[
         str, typer.Option(metavar="N,N", help="Calls side by side, each number a row (TensorRT).")
     ] = "1",
+    transfers: Annotated[
+        bool, typer.Option("--transfers", help="A row with copies from and to the host as well (TensorRT).")
+    ] = False,
     bound: Annotated[
         str | None, typer.Option(metavar="TIME", help="Latency to keep to, as 5ms: says which batch does.")
     ] = None,
@@ -648,6 +651,7 @@ def time_side_by_side(
             on=PLATFORMS if on is None else _words(on),
             batches=None if batch is None else _sizes("batch", batch),
             contexts=_sizes("contexts", contexts),
+            transfers=transfers,
             bound=None if bound is None else _seconds(bound),
             progress=progress,
         )

@@ -86,7 +86,7 @@ class Bench:
             row["latency"] = latency_document(latency, SETTINGS)
             runners: dict[str, Any] = {e.name: e.runner for e in contest.entrants if e.name.startswith("TensorRT")}
             row["with_transfers_ms"] = {
-                key: 1e3 * float(np.median(runner.time(feeds, 200, transfers=True))) for key, runner in runners.items()
+                key: 1e3 * float(np.median(runner.with_transfers().time(feeds, 200))) for key, runner in runners.items()
             }
             row["layers_us"] = {
                 key: {layer["name"]: round(1e6 * layer["seconds"], 2) for layer in runner.profile(feeds)}

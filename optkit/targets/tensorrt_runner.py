@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -24,8 +25,8 @@ _CANNOT_LOAD = "build it again on this machine: optkit verify BUNDLE --rebuild"
 class TensorRtRunner:
     """An engine that is open in a worker process of its own.
 
-    ``time`` gives the time on the GPU between two CUDA events; transfers are excluded unless they are asked for. Inputs
-    may be NumPy arrays or whatever has ``__cuda_array_interface__`` or ``__dlpack__``. Outputs lie where inputs lie.
+    ``time`` gives the time on the GPU between two CUDA events, transfers excluded. Inputs may be NumPy arrays or
+    whatever has ``__cuda_array_interface__`` or ``__dlpack__``. Outputs lie where inputs lie.
 
     Args:
         engine: the plan, its signature and its records.
@@ -94,12 +95,19 @@ class TensorRtRunner:
                 settings["gpu_arrays"] = f"through host memory: {error}"
         return {name: exchange.upload(array) for name, array in self.run(on_host(feeds)).items()}
 
-    def time(self, feeds: Feeds, rounds: int, transfers: bool = False) -> np.ndarray[Any, Any]:
-        """Seconds on the GPU of each of ``rounds`` calls; with ``transfers``, copies to and from pinned memory too."""
+    def time(self, feeds: Feeds, rounds: int) -> np.ndarray[Any, Any]:
+        """Seconds on the GPU of each of ``rounds`` calls on inputs that lie there."""
+        return self._timed(feeds, rounds, False, self.environment)
+
+    def _timed(self, feeds: Feeds, rounds: int, transfers: bool, environment: Environment) -> np.ndarray[Any, Any]:
         reply = self._ask("time", on_host(feeds), rounds=rounds, transfers=transfers)
-        self.environment.settings.update(reply["settings"], clocks_mhz=cuda.clocks())
+        environment.settings.update(reply["settings"], clocks_mhz=cuda.clocks())
         samples: np.ndarray[Any, Any] = reply["arrays"]["seconds"]
         return samples
+
+    def with_transfers(self) -> WithTransfers:
+        """This engine as a runner whose calls are timed with their copies from and to pinned host memory."""
+        return WithTransfers(self)
 
     def profile(self, feeds: Feeds, rounds: int = 50) -> list[dict[str, Any]]:
         """Seconds by layer, slowest first, from runs of their own: TensorRT's profiler slows them down."""
@@ -127,6 +135,35 @@ class TensorRtRunner:
         if "error" in reply:
             raise _failure(reply, self._worker.log())
         return reply
+
+
+class WithTransfers:
+    """An open engine once more, timed with its inputs and outputs copied from and to pinned host memory.
+
+    It lives as long as the runner that it came from: closing it closes nothing.
+    """
+
+    def __init__(self, runner: TensorRtRunner) -> None:
+        self._runner = runner
+        self.signature = runner.signature
+        self.environment = replace(runner.environment, settings={**runner.environment.settings, "transfers": True})
+
+    def run(self, feeds: Mapping[str, Any]) -> dict[str, Any]:
+        """As the runner that it came from."""
+        return self._runner.run(feeds)
+
+    def time(self, feeds: Feeds, rounds: int) -> np.ndarray[Any, Any]:
+        """Seconds on the GPU of each of ``rounds`` calls, copies in both directions included."""
+        return self._runner._timed(feeds, rounds, True, self.environment)
+
+    def close(self) -> None:
+        """Nothing to do."""
+
+    def __enter__(self) -> WithTransfers:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
 
 
 class TensorRtProfiler:

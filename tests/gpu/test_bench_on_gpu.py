@@ -26,11 +26,18 @@ def test_times_pytorch_onnxruntime_and_tensorrt_side_by_side_on_the_gpu():
         for name in ("fp32", "fp16")
     ]
     found = optkit.bench(
-        net, recipes, on=("torch", "onnxruntime-cuda", "tensorrt"), batches=(1, 32), contexts=(1, 2), bound=1.0
+        net,
+        recipes,
+        on=("torch", "onnxruntime-cuda", "tensorrt"),
+        batches=(1, 32),
+        contexts=(1, 2),
+        transfers=True,
+        bound=1.0,
     )
     names = {row.contestant for row in found.rows}
     assert {"PyTorch fp32", "PyTorch fp16 channels_last", "PyTorch fp16 channels_last CUDA graph"} <= names
     assert {"tensorrt fp32", "tensorrt fp16", "tensorrt fp16, 2 at once"} <= names, found.not_run
+    assert "tensorrt fp16, with transfers" in names
     assert {row.batch for row in found.rows} == {1, 32}
     assert len({row.device for row in found.rows}) == 1
     assert all(row.cosine > 0.999 and np.isfinite(row.throughput) for row in found.rows)

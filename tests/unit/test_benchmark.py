@@ -16,7 +16,7 @@ from optkit.errors import CheckpointError, RecipeError, UnavailableError, UsageE
 from optkit.passes.export_onnx import ExportOnnx
 from optkit.recipe import Recipe
 from optkit.report.benchmark import render
-from optkit.targets.onnxruntime import open_onnx
+from optkit.targets.onnxruntime import OrtRunner, open_onnx
 from optkit.validation.contest import Entrant
 from optkit.validation.latency import Timings
 from optkit.validation.statistics import Interval
@@ -44,6 +44,16 @@ def of_onnx(preset: str = "fp32") -> Recipe:
 def found() -> Bench:
     on = ("torch", "onnxruntime", "tensorrt-rtx")
     return optkit.bench(net(), [recipe(), recipe("fp16")], on=on, batches=(1, 48), bound=10.0)
+
+
+def test_what_can_be_timed_with_transfers_has_a_row_for_it(monkeypatch):
+    # TensorRT's runner needs a GPU; ONNX Runtime's stands in for it, and what is tested is the table
+    monkeypatch.setattr(benchmark, "TensorRtRunner", OrtRunner)
+    monkeypatch.setattr(OrtRunner, "with_transfers", lambda self: self, raising=False)
+    found = optkit.bench(net(), [recipe()], on=("torch", "onnxruntime"), batches=(1,), transfers=True)
+    names = ["PyTorch fp32", "onnxruntime fp32", "onnxruntime fp32, with transfers"]
+    assert [row.contestant for row in found.rows] == names
+    assert "onnxruntime fp32, with transfers" in found.summary
 
 
 def test_everyone_who_can_run_has_a_row_for_every_batch_size(found):

@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 
 from optkit.errors import PassError, UsageError
-from optkit.targets.tensorrt_runner import _failure
+from optkit.models import Signature
+from optkit.targets.base import Environment
+from optkit.targets.tensorrt_runner import TensorRtRunner, _failure
 from optkit.targets.worker.build import RefusalError
 from optkit.targets.worker.gpu import CudaError
 from optkit.targets.worker.run import _Queue, _Tensors
@@ -83,3 +85,17 @@ def test_tells_a_full_gpu_from_other_failures():
     assert isinstance(full, PassError) and "use a smaller batch, or free memory on the GPU" in str(full)
     other = _failure({"error": "cuda", "text": "cuStreamSynchronize: 700", "out_of_memory": False}, "the last lines")
     assert str(other) == "TensorRT failed to run the engine: cuStreamSynchronize: 700\nthe last lines"
+
+
+def test_calls_with_transfers_are_told_apart(monkeypatch):
+    def ask(self, what, feeds, rounds, transfers):
+        assert what == "time"
+        return {"settings": {"transfers": transfers}, "arrays": {"seconds": np.full(rounds, 2.0 if transfers else 1.0)}}
+
+    monkeypatch.setattr(TensorRtRunner, "_ask", ask)
+    runner = TensorRtRunner.__new__(TensorRtRunner)
+    runner.signature, runner.environment = Signature((), (), {}), Environment("H200", "tensorrt 8.5.3", {})
+    with runner.with_transfers() as copied:
+        assert copied.time({}, 2).tolist() == [2.0, 2.0]
+        assert runner.time({}, 3).tolist() == [1.0, 1.0, 1.0]
+    assert copied.environment.settings["transfers"] and not runner.environment.settings["transfers"]

@@ -10,6 +10,7 @@ import contextlib
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +21,7 @@ from optkit.context import Context, Progress, silent
 from optkit.data import Data, open_data, random_data
 from optkit.errors import OptkitError, UnavailableError, UsageError, did_you_mean
 from optkit.failures import reason
-from optkit.models import DimRange, Feeds, OnnxModel, Signature, TorchModel
+from optkit.models import DimRange, Engine, Feeds, OnnxModel, Signature, TorchModel
 from optkit.numerics import compare
 from optkit.passes.base import Pass
 from optkit.passes.build_engine import BuildEngine
@@ -203,10 +204,15 @@ def _contestants(
         return
     for recipe in recipes:
         target = recipe.target if recipe.target.name == platform else _TARGET.validate_python({"name": platform})
-        for count in contexts if "contexts" in type(target).model_fields else (1,):
-            side_by_side = target.model_copy(update={"contexts": count}) if count > 1 else target
-            graph = _Graph(recipe, exports, replace(context, target=side_by_side))
-            yield Contestant(f"{platform} {recipe.name}" + (f", {count} at once" if count > 1 else ""), graph.open)
+        name = f"{platform} {recipe.name}"
+        if "contexts" not in type(target).model_fields:
+            yield Contestant(name, _Graph(recipe, exports, replace(context, target=target)).open)
+            continue
+        most = target.model_copy(update={"contexts": max(contexts)})
+        graph = _Graph(recipe, exports, replace(context, target=most))
+        for count in contexts:
+            opened = partial(graph.open, contexts=count)
+            yield Contestant(name + (f", {count} at once" if count > 1 else ""), opened)
 
 
 def _torch(start: TorchModel | OnnxModel, context: Context) -> Iterator[Contestant]:
@@ -243,16 +249,21 @@ class _Graph:
         self._passes = [step for step in recipe.passes if not isinstance(step, BuildEngine)]
         self._exports, self._context = exports, context
         self._made: OnnxModel | OptkitError | None = None
+        self._engine: Engine | None = None
 
-    def open(self, signature: Signature) -> Runner:
+    def open(self, signature: Signature, contexts: int | None = None) -> Runner:
+        """Open the engine for these sizes, where the target has them with so many ``contexts`` of those it is for."""
         target = self._context.target
         available = target.can_run()
         if not available.ok:
             raise UnavailableError(f"{available.reason}; {available.mend}")
-        graph = replace(self._graph(), signature=signature)
-        folder = Path(tempfile.mkdtemp(dir=self._context.scratch))
-        engine = BuildEngine(target=target).run(graph, replace(self._context, scratch=folder))
-        return target.open(engine, self._context.threads)
+        if self._engine is None or self._engine.signature != signature:
+            graph = replace(self._graph(), signature=signature)
+            folder = Path(tempfile.mkdtemp(dir=self._context.scratch))
+            self._engine = BuildEngine(target=target).run(graph, replace(self._context, scratch=folder))
+        if contexts is not None:
+            target = target.model_copy(update={"contexts": contexts})
+        return target.open(self._engine, self._context.threads)
 
     def _graph(self) -> OnnxModel:
         if self._made is None:

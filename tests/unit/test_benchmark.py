@@ -16,7 +16,9 @@ from optkit.errors import CheckpointError, RecipeError, UnavailableError, UsageE
 from optkit.passes.export_onnx import ExportOnnx
 from optkit.recipe import Recipe
 from optkit.report.benchmark import render
-from optkit.targets.onnxruntime import OrtRunner, open_onnx
+from optkit.targets.base import Availability
+from optkit.targets.onnxruntime import OnnxRuntimeTarget, OrtRunner, open_onnx
+from optkit.targets.tensorrt import TensorRtTarget
 from optkit.validation.contest import Entrant
 from optkit.validation.latency import Timings
 from optkit.validation.statistics import Interval
@@ -44,6 +46,27 @@ def of_onnx(preset: str = "fp32") -> Recipe:
 def found() -> Bench:
     on = ("torch", "onnxruntime", "tensorrt-rtx")
     return optkit.bench(net(), [recipe(), recipe("fp16")], on=on, batches=(1, 48), bound=10.0)
+
+
+def test_calls_side_by_side_share_an_engine(monkeypatch):
+    # TensorRT needs a GPU; ONNX Runtime runs in its place, and what is tested is who builds and opens what
+    built, opened = [], []
+
+    def build(self, model, folder, context):
+        built.append((model.signature.dims["batch"].opt, self.contexts))
+        return OnnxRuntimeTarget().build(model, folder, context)
+
+    def open_engine(self, engine, threads):
+        opened.append(self.contexts)
+        return OnnxRuntimeTarget().open(engine, threads)
+
+    monkeypatch.setattr(TensorRtTarget, "can_run", lambda self: Availability(True))
+    monkeypatch.setattr(TensorRtTarget, "build", build)
+    monkeypatch.setattr(TensorRtTarget, "open", open_engine)
+    found = optkit.bench(net(), [recipe()], on=("tensorrt",), batches=(1, 4), contexts=(1, 3))
+    assert [row.contestant for row in found.rows] == ["tensorrt fp32", "tensorrt fp32, 3 at once"] * 2
+    assert built == [(1, 3), (4, 3)]
+    assert opened == [1, 3, 1, 3]
 
 
 def test_what_can_be_timed_with_transfers_has_a_row_for_it(monkeypatch):

@@ -119,7 +119,7 @@ class TensorRtRtxTarget(Target):
         """The layers that TensorRT made, where there is a GPU that can load the plan."""
         gpus = cuda.detect()
         if not gpus.gpus:
-            return {"not_inspected": f"TensorRT-RTX loads a plan only where it can run, and {gpus.reason}"}
+            return {"not_inspected": f"TensorRT-RTX loads a plan only where it can run ({gpus.reason})"}
         told = tensorrt_plan.inspect(plan, MODULE, self._limits)
         if "not_inspected" in told:
             return told

@@ -11,13 +11,12 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from optkit.errors import OptkitError
-from optkit.targets import cuda
+from optkit.targets import cuda, tensorrt_plan
 from optkit.targets.base import Availability, Target
 from optkit.targets.cpu import this_cpu
 from optkit.targets.onnxruntime import OnnxRuntimeTarget
 from optkit.targets.onnxruntime_cuda import OnnxRuntimeCudaTarget
-from optkit.targets.tensorrt import TensorRtTarget
+from optkit.targets.tensorrt import INSTALL, MODULE, TensorRtTarget
 from optkit.targets.tensorrt_rtx import TensorRtRtxTarget
 from optkit.targets.worker_client import probe, worker_python
 
@@ -132,14 +131,12 @@ def _tensorrt() -> Iterator[Finding]:
     for target in (TensorRtTarget(), TensorRtRtxTarget()):
         yield _target(target, "build", target.can_build())
         yield _target(target, "run", target.can_run())
-    try:
-        module = probe("tensorrt")
-    except OptkitError as error:
-        yield Finding("tensorrt", False, str(error), "unset OPTKIT_TENSORRT_PYTHON, or set it to a Python")
+    found = tensorrt_plan.find(MODULE, INSTALL)
+    if not found.ok:
+        yield Finding("tensorrt", False, found.reason, found.mend)
         return
-    detail = f"{module.get('version') or module['error']}, in Python {module['python']} at {worker_python()}"
-    mend = "pip install tensorrt there, or set OPTKIT_TENSORRT_PYTHON to a Python that has it"
-    yield Finding("tensorrt", "version" in module, detail, "" if "version" in module else mend)
+    told = probe(MODULE)
+    yield Finding("tensorrt", True, f"{told['version']}, in Python {told['python']} at {worker_python()}")
 
 
 def _target(target: Target, what: str, availability: Availability) -> Finding:

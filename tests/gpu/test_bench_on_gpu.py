@@ -29,7 +29,7 @@ def test_times_pytorch_onnxruntime_and_tensorrt_side_by_side_on_the_gpu():
         net,
         recipes,
         on=("torch", "onnxruntime-cuda", "tensorrt"),
-        batches=(1, 32),
+        batches=(1, 16),
         contexts=(1, 2),
         transfers=True,
         bound=1.0,
@@ -38,7 +38,7 @@ def test_times_pytorch_onnxruntime_and_tensorrt_side_by_side_on_the_gpu():
     assert {"PyTorch fp32", "PyTorch fp16 channels_last", "PyTorch fp16 channels_last CUDA graph"} <= names
     assert {"tensorrt fp32", "tensorrt fp16", "tensorrt fp16, 2 at once"} <= names, found.not_run
     assert "tensorrt fp16, with transfers" in names
-    assert {row.batch for row in found.rows} == {1, 32}
+    assert {row.batch for row in found.rows} == {1, 16}
     assert len({row.device for row in found.rows}) == 1
     assert all(row.cosine > 0.999 and np.isfinite(row.throughput) for row in found.rows)
     assert {row.against for row in found.rows} == {"PyTorch fp32"}

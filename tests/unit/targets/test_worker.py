@@ -137,16 +137,18 @@ def test_runs_on_an_old_python_and_without_optkit(source):
     assert outside <= {"numpy"}
 
 
-def test_probes_the_python_that_runs_optkit():
-    found = probe("tensorrt_rtx")
+@pytest.mark.parametrize("module", ["tensorrt", "tensorrt_rtx"])
+def test_probes_the_python_that_runs_optkit(module):
+    found = probe(module)
     assert found["python"].startswith(f"{sys.version_info.major}.{sys.version_info.minor}.")
     assert ("error" in found) != ("version" in found)
 
 
 @linux
-def test_probes_a_python_without_anything_installed(script, monkeypatch):
+@pytest.mark.parametrize("module", ["tensorrt", "tensorrt_rtx"])
+def test_probes_a_python_without_anything_installed(script, monkeypatch, module):
     monkeypatch.setenv(PYTHON_VARIABLE, script(f'exec {sys.executable} -I -S "$@"'))
-    assert probe("tensorrt")["error"] == "ModuleNotFoundError: No module named 'tensorrt'"
+    assert probe(module)["error"] == f"ModuleNotFoundError: No module named '{module}'"
 
 
 @linux

@@ -94,14 +94,18 @@ def _bundle(path: Path) -> Document:
     manifest = bundle.load(path).manifest
     told = {key: manifest[key] for key in ("name", "verdict", "target", "engine", "seed", "versions", "checkpoint")}
     inspector = manifest["records"].get("engine", {}).get("inspector", {})
-    layers = {
-        layer["name"]: f"{layer['precision'] or 'not told'}, {layer['kind']}: {', '.join(layer['nodes']) or 'no node'}"
-        for layer in inspector.get("layers", ())
-    }
+    layers = {layer["name"]: _layer_in_words(layer) for layer in inspector.get("layers", ())}
     engine = {"engine_precisions": inspector.get("precisions"), "engine_layers": layers}
     document = {"path": str(path), "kind": "bundle", **told, **engine}
     onnx = path / "model.onnx"
     return {**document, **_onnx(onnx)} if onnx.is_file() else document
+
+
+def _layer_in_words(layer: Mapping[str, Any]) -> str:
+    from optkit.targets.engine_layers import precision_in_words
+
+    precision = precision_in_words(layer["precision"], layer.get("hides", False))
+    return f"{precision}, {layer['kind']}: {', '.join(layer['nodes']) or 'no node'}"
 
 
 # ONNX

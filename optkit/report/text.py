@@ -6,13 +6,15 @@ import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from optkit.targets.engine_layers import counts_in_words
+
 WIDTH = 100
 
 _REGIONS, _PARTS = 12, 8
 """How many regions in INT8 are shown, and how many parts of those that do not pay."""
 
 _REASONS, _NAMES = 8, 6
-"""For how many reasons nodes kept in float32 are named, and how many for each."""
+"""For how many reasons nodes kept in float32 are named, and how many nodes at a time."""
 
 _LONGEST = 40
 """Characters of a name in a table."""
@@ -130,10 +132,13 @@ def _kept(document: Document) -> Iterator[str]:
     for name, reason in kept.items():
         nodes.setdefault(reason, []).append(name)
     for reason, names in list(nodes.items())[:_REASONS]:
-        more = f" and {len(names) - _NAMES} more" if len(names) > _NAMES else ""
-        yield from wrapped(f"{', '.join(names[:_NAMES])}{more}: {reason}")
+        yield from wrapped(f"{_named(names)}: {reason}")
     if len(nodes) > _REASONS:
         yield f"  and for {len(nodes) - _REASONS} more reasons, in report.json"
+
+
+def _named(names: Sequence[str]) -> str:
+    return ", ".join(names[:_NAMES]) + (f" and {len(names) - _NAMES} more" if len(names) > _NAMES else "")
 
 
 def _engine(document: Document) -> Iterator[str]:
@@ -143,14 +148,11 @@ def _engine(document: Document) -> Iterator[str]:
     if "layers" not in inspector:
         yield from wrapped(f"Layers of the engine: not looked at, since {inspector['not_inspected']}", "")
         return
-    precisions = inspector["precisions"]
-    counted = ", ".join(f"{count} {name if name == 'not told' else f'in {name}'}" for name, count in precisions.items())
+    counted = counts_in_words(inspector["precisions"])
     reformats = inspector["reformats"]
     yield f"Layers of the engine: {counted}" + (f"; {reformats} only change formats" if reformats else "")
-    islands = inspector["islands"]
-    if islands:
-        more = f" and {len(islands) - _NAMES} more" if len(islands) > _NAMES else ""
-        yield from wrapped(f"in INT8 in the graph and not in the engine: {', '.join(islands[:_NAMES])}{more}")
+    if inspector["islands"]:
+        yield from wrapped(f"in INT8 in the graph and not in the engine: {_named(inspector['islands'])}")
     if inspector["unproved"]:
         yield from wrapped(f"not proved: that it computes in {' and '.join(inspector['unproved'])}")
     yield "  each with its ONNX nodes and formats: report.json"

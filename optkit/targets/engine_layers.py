@@ -39,6 +39,8 @@ _INT8_KERNEL = re.compile(r"_i8i8_")
 _WHOLE_NUMBERS = frozenset({"INT32", "INT64", "BOOL"})
 """What indices and masks come in, beside what a layer computes."""
 
+_NOT_TOLD = "not told"
+
 _NARROWEST = frozenset({"INT8", "FP8"})
 
 _HALVES = {"float16": "FP16", "bfloat16": "BF16"}
@@ -146,15 +148,25 @@ def summary(layers: Sequence[Layer], model: OnnxModel) -> dict[str, Any]:
     computing = [layer for layer in layers if layer.computes]
     return {
         "count": len(layers),
-        "precisions": dict(Counter(map(_in_words, computing)).most_common()),
+        "precisions": _counted(computing),
         "reformats": sum(layer.reformats for layer in layers),
         "islands": _islands(layers, model),
         "layers": [asdict(layer) for layer in layers],
     }
 
 
-def _in_words(layer: Layer) -> str:
-    return f"{layer.precision} or narrower" if layer.hides and layer.precision else layer.precision or "not told"
+def _counted(layers: Iterable[Layer]) -> dict[str, int]:
+    return dict(Counter(precision_in_words(layer.precision, layer.hides) for layer in layers).most_common())
+
+
+def precision_in_words(precision: str, hides: bool) -> str:
+    """What a layer tells of its precision."""
+    return f"{precision} or narrower" if hides and precision else precision or _NOT_TOLD
+
+
+def counts_in_words(precisions: Mapping[str, int]) -> str:
+    """The ``precisions`` of a ``summary`` as text: ``53 in INT8, 1 not told``."""
+    return ", ".join(f"{n} {name if name == _NOT_TOLD else f'in {name}'}" for name, n in precisions.items())
 
 
 def _islands(layers: Sequence[Layer], model: OnnxModel) -> list[str]:
@@ -214,12 +226,10 @@ def prove(layers: Sequence[Layer], model: OnnxModel, asked: Sequence[str]) -> li
             " and ".join(missing),
         )
     elif missing:
-        counted = Counter(map(_in_words, computing)).most_common()
-        told = ", ".join(f"{count} {'' if name == 'not told' else 'in '}{name}" for name, count in counted)
         raise BuildError(
-            f"{' and '.join(missing)} was asked for, and no layer of the engine computes in it ({told}): TensorRT has "
-            "no kernel for it here or found none faster; build in another precision, or exclude what keeps it from "
-            "fusing"
+            f"{' and '.join(missing)} was asked for, and no layer of the engine computes in it "
+            f"({counts_in_words(_counted(computing))}): TensorRT has no kernel for it here or found none faster; build "
+            "in another precision, or exclude what keeps it from fusing"
         )
     return missing
 

@@ -69,9 +69,15 @@ class Worker:
         # Appending: this process reads it while the worker goes on writing
         self._log = tempfile.TemporaryFile("a+b")  # noqa: SIM115
         command = [self._python, "-c", _BOOT, str(Path(__file__).resolve().parent)]
-        pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": self._log}
         try:
-            self._process = subprocess.Popen(command, **pipes, env=_LAZY | os.environ, start_new_session=True)
+            self._process = subprocess.Popen(
+                command,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=self._log,
+                env=_LAZY | os.environ,
+                start_new_session=True,
+            )
         except OSError as error:
             self._log.close()
             raise UnavailableError(

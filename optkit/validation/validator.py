@@ -101,13 +101,10 @@ def validate(
         errors = compare_stages(stages, few, context, engine, contest.why_not)
         report = compare_entrants(contest, context, settings, recipe.gate, recipe.name, errors)
     report.document["warnings"] = warnings
-    for name in (KEPT, *PRUNED):
+    for name in (KEPT, *PRUNED, INSPECTOR):
         record = next((dict(s.model.records[name]) for s in reversed(stages) if name in s.model.records), None)
         if record is not None:
             report.document[name] = record
-    engine_model = stages[-1].model
-    if isinstance(engine_model, Engine) and INSPECTOR in engine_model.records:
-        report.document[INSPECTOR] = engine_model.records[INSPECTOR]
     return report
 
 

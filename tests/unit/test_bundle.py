@@ -63,6 +63,7 @@ def test_inspecting_it_tells_the_layers_of_its_engine(written: Bundle):
     layers = [
         {"name": "conv + relu", "kind": "CaskConvolution", "precision": "INT8", "nodes": ["conv", "relu"]},
         {"name": "shape", "kind": "ShapeHostToDevice", "precision": "", "nodes": []},
+        {"name": "whole", "kind": "Myelin", "precision": "FP16", "nodes": ["a"], "hides": True},
     ]
     document["records"]["engine"]["inspector"] = {"precisions": {"INT8": 1, "not told": 1}, "layers": layers}
     manifest.write_text(json.dumps(document))
@@ -71,6 +72,7 @@ def test_inspecting_it_tells_the_layers_of_its_engine(written: Bundle):
     assert told["engine_layers"] == {
         "conv + relu": "INT8, CaskConvolution: conv, relu",
         "shape": "not told, ShapeHostToDevice: no node",
+        "whole": "FP16 or narrower, Myelin: a",
     }
 
 

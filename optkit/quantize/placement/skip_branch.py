@@ -5,17 +5,21 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from optkit.quantize.placement.draft import Draft
-from optkit.quantize.placement.graph import ACTIVATIONS, constant, only_consumer
+from optkit.quantize.placement.graph import ACTIVATIONS, after_activation, constant, only_consumer
 
 if TYPE_CHECKING:
     import onnx_ir as ir
+
+_AVERAGES = frozenset({"AveragePool", "GlobalAveragePool", "ReduceMean"})
 
 
 def skip_branch(node: ir.Node, draft: Draft) -> bool:
     """``Add`` of a convolution and a skip reads the skip as INT8 and the convolution as float: one fused kernel.
 
     With a convolution on both sides, as in a block that downsamples, the skip is the branch with the shorter way up.
-    The skip's Q/DQ pair is the one that the next convolution reads as well.
+    The skip's Q/DQ pair is the one that the next convolution reads as well. Where no convolution but an average comes
+    next, the sum is quantized for it: a kernel that writes float wants its skip in float, so another kernel would have
+    to make it, and the noise of rounding averages out.
     """
     if node.op_type != "Add" or any(constant(value) is not None for value in node.inputs):
         return False
@@ -26,6 +30,10 @@ def skip_branch(node: ir.Node, draft: Draft) -> bool:
     if not _joins_int8(node, 1 - skip, draft):
         return False
     draft.quantize_input(node, skip)
+    total = after_activation(node.outputs[0])
+    reader = only_consumer(total)
+    if reader is not None and reader.op_type in _AVERAGES:
+        draft.quantize_output(total)
     return True
 
 

@@ -59,7 +59,7 @@ def test_leaves_records_of_ranges_and_placement(residual, images, context):
     ranges, placement = after.records["ranges"], after.records["quantization"]
     assert ranges["data"] == images.fingerprint("calibration")
     assert 32 <= ranges["samples"] <= 64
-    assert set(ranges["tensors"]) == {"image", "x0", "ar", "x1", "er", "h"}
+    assert set(ranges["tensors"]) == {"image", "x0", "ar", "x1", "er", "h", "x2"}
     assert all(entry["scale"] > 0 and entry["zero_point"] == 0 for entry in ranges["tensors"].values())
     names = {node.name for node in after.ir.graph}
     assert len(names) == len(after.ir.graph)

@@ -22,8 +22,8 @@ def test_a_residual_network_is_quantized_on_inputs_and_skips(residual):
     # The identity skip; and of two convolutions the one with the shorter way up
     assert {Use(nodes["d"], 1), Use(nodes["i"], 1)} <= placement.inputs
     assert not {Use(nodes["d"], 0), Use(nodes["i"], 0)} & placement.inputs
-    assert placement.tensors == {"image", "x0", "ar", "x1", "er", "h"}
-    assert not placement.outputs
+    assert placement.tensors == {"image", "x0", "ar", "x1", "er", "h", "x2"}
+    assert placement.outputs == {"x2"}  # an average reads it
     assert not placement.biases
     assert placement.kept_float == {nodes["logits"]: "it makes the model's output"}
 
@@ -89,3 +89,16 @@ def test_concatenated_tensors_share_one_scale_where_they_are_quantized(net):
     )
     placement = placed(model)
     assert placement.one_scale == (frozenset({"a", "c"}),)
+
+
+@pytest.mark.parametrize(("reader", "quantized"), [("GlobalAveragePool", True), ("GlobalMaxPool", False)])
+def test_the_last_residual_sum_is_quantized_for_an_average(net, reader, quantized):
+    model = net(
+        f"""g (float[b,16,4,4] x) => (float[b,16,1,1] y) {{
+            a = Conv(x, w) s = Add(a, x) r = Relu(s) y = {reader}(r)
+        }}""",
+        w=weight(16, 16, 1, 1),
+    )
+    placement = placed(model)
+    assert placement.outputs == ({"r"} if quantized else set())
+    assert placement.tensors == ({"x", "r"} if quantized else {"x"})

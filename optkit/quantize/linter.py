@@ -32,7 +32,15 @@ import numpy as np
 
 from optkit.models import OnnxModel
 from optkit.quantize.placement.draft import WEIGHTED
-from optkit.quantize.placement.graph import ACTIVATIONS, MOVES, attribute, constant, only_consumer, weight_axis
+from optkit.quantize.placement.graph import (
+    ACTIVATIONS,
+    MOVES,
+    attribute,
+    behind_activation,
+    constant,
+    only_consumer,
+    weight_axis,
+)
 from optkit.quantize.placement.linear_inputs import merged_add
 from optkit.quantize.placement.small_kernels_float import small_product
 from optkit.quantize.saturation import MOST, pair_reach, reach_of_rows
@@ -198,7 +206,7 @@ def _weights(node: ir.Node, policy: Int8Policy) -> Iterator[Finding]:
         yield Finding("E3", name, "its bias is INT32", "keep the bias in float")
     if policy.bias == "int32":
         yield from _float_gemm(node)
-    if node.op_type == "Conv" and "conv_in_out" in policy.rules and not _reaches_quantize(node):
+    if node.op_type == "Conv" and _wants_quantized_output(node, policy):
         yield Finding("W9", name, "its output is not quantized", "quantize it, or leave the convolution in float")
 
 
@@ -224,6 +232,14 @@ def _is_int32(dequantize: ir.Node | None) -> bool:
         return False
     stored = constant(dequantize.inputs[0])
     return stored is not None and stored.dtype.numpy() == np.int32
+
+
+def _wants_quantized_output(node: ir.Node, policy: Int8Policy) -> bool:
+    """Whether there is no INT8 kernel for a convolution, because what it writes is not quantized."""
+    if "conv_in_out" in policy.rules:
+        return not _reaches_quantize(node)
+    reader = only_consumer(behind_activation(node.outputs[0]))
+    return "depthwise_float" in policy.rules and attribute(node, "group", 1) > 1 and not _is(reader, "QuantizeLinear")
 
 
 def _reaches_quantize(node: ir.Node) -> bool:

@@ -61,7 +61,7 @@ ORT_CPU = Int8Policy(
 TENSORRT = Int8Policy(
     "int8",
     True,
-    ("small_kernels_float", "head_float", "weighted_inputs", "skip_branch", "concat_one_scale"),
+    ("small_kernels_float", "depthwise_float", "head_float", "weighted_inputs", "skip_branch", "concat_one_scale"),
     float_type="float16",
 )
 """TensorRT: symmetric, inputs only, so that convolution, addition and activation become one INT8 kernel."""

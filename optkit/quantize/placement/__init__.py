@@ -15,6 +15,7 @@ from optkit.models import OnnxModel
 from optkit.quantize.placement.add_both_sides import add_both_sides
 from optkit.quantize.placement.concat_one_scale import concat_one_scale
 from optkit.quantize.placement.conv_in_out import conv_in_out
+from optkit.quantize.placement.depthwise_float import depthwise_float
 from optkit.quantize.placement.draft import RECURRENT, WEIGHTED, Draft, Placement, Use
 from optkit.quantize.placement.dynamic_inputs import dynamic_inputs
 from optkit.quantize.placement.dynamic_recurrent import dynamic_recurrent
@@ -38,6 +39,7 @@ RULES: Mapping[str, Callable[[ir.Node, Draft], bool]] = {
         add_both_sides,
         concat_one_scale,
         conv_in_out,
+        depthwise_float,
         dynamic_inputs,
         dynamic_recurrent,
         head_float,

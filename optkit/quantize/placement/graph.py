@@ -11,6 +11,8 @@ if TYPE_CHECKING:
 ACTIVATIONS = frozenset({"Relu", "Clip"})
 """Ops that fuse with the convolution before them."""
 
+_GATES = ({"Sigmoid", "Mul"}, {"HardSigmoid", "Mul"})
+
 MOVES = frozenset({"Flatten", "Reshape", "Squeeze", "Transpose", "Unsqueeze"})
 """Ops that move values and change none."""
 
@@ -42,6 +44,24 @@ def after_activation(value: ir.Value) -> ir.Value:
         if low is None or low.numpy().item() != 0:
             return value
     return consumer.outputs[0]
+
+
+def behind_activation(value: ir.Value) -> ir.Value:
+    """The tensor after the Relu, Clip, HardSwish or gate ``x * sigmoid(x)`` that reads a tensor, or the tensor itself.
+
+    These are what TensorRT computes within a convolution's kernel.
+    """
+    consumer = only_consumer(value)
+    if consumer is not None and consumer.op_type in ACTIVATIONS | {"HardSwish"}:
+        return consumer.outputs[0]
+    uses = tuple(value.uses())
+    readers = {use.node.op_type: use.node for use in uses}
+    if len(uses) == 2 and readers.keys() in _GATES and not value.is_graph_output():
+        gated = readers.pop("Mul").outputs[0]
+        (gate,) = readers.values()
+        if only_consumer(gate.outputs[0]) is gated.producer():
+            return gated
+    return value
 
 
 def attribute(node: ir.Node, name: str, default: int) -> int:

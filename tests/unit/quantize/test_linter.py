@@ -20,6 +20,7 @@ ARRAYS = {
     "w": RNG.integers(-127, 128, (32, 32, 3, 3)).astype(np.int8),
     "f": RNG.standard_normal((32, 32, 3, 3)).astype("f"),
     "m": RNG.integers(-127, 128, (32, 8)).astype(np.int8),
+    "dw": RNG.integers(-127, 128, (32, 1, 3, 3)).astype(np.int8),
     "b": np.arange(32, dtype=np.int32),
     "bias": np.arange(8, dtype=np.float32),
 }
@@ -27,6 +28,8 @@ HEAD = "g (float[n,32,8,8] x) => (float[n,c,h,v] y) {"
 PAIR = "q = QuantizeLinear(x, s, z) d = DequantizeLinear(q, s, z)"
 WEIGHT = "wd = DequantizeLinear <axis = 0> (w, ws, wz)"
 GOOD = f"{HEAD} {PAIR} {WEIGHT} c1 = Conv(d, wd) y = Exp(c1) }}"
+
+DEPTHWISE = f"{HEAD} {PAIR} wd = DequantizeLinear <axis = 0> (dw, ws, wz) c1 = Conv <group = 32> (d, wd)"
 
 AT_RUN_TIME = "q, qs, qz = DynamicQuantizeLinear(x) i0 = MatMulInteger(q, m, qz) f0 = Cast <to = 1> (i0)"
 FLAT = f"g (float[n,32] x) => (float[n,8] y) {{ {PAIR} wd = DequantizeLinear(m, s, z)"
@@ -82,6 +85,7 @@ BROKEN = [
     ("W7", f"{HEAD} q = QuantizeLinear(x, s, z) y = DequantizeLinear(q, s, z) }}", "DequantizeLinear", TENSORRT),
     ("W8", f"{HEAD} {PAIR} c1 = Conv(d, f) y = Exp(c1) }}", "Conv", TENSORRT),
     ("W9", GOOD, "Conv", ORT_CPU),
+    ("W9", f"{DEPTHWISE} g = Sigmoid(c1) a = Mul(c1, g) y = Exp(a) }}", "Conv", TENSORRT),
     ("W10", f"{HEAD} {AT_RUN_TIME} r = Exp(f0) t = Mul(qs, ws) y = Mul(f0, t) }}", "MatMulInteger", ORT_CPU),
     ("W10", f"{HEAD} {AT_RUN_TIME} y = Mul(f0, qs) }}", "MatMulInteger", ORT_CPU),
     (
@@ -123,8 +127,17 @@ def test_each_rule_finds_its_fault(net, rule, text, op_type, policy):
     assert str(findings[0]).startswith(f"{rule} {findings[0].node}: ")
 
 
-def test_a_sound_model_has_no_findings(net):
-    assert lint(parsed(net, GOOD), TENSORRT) == ()
+@pytest.mark.parametrize(
+    "text",
+    [
+        GOOD,
+        f"{DEPTHWISE} g = Sigmoid(c1) a = Mul(c1, g) r = QuantizeLinear(a, s2, z) e = DequantizeLinear(r, s2, z) "
+        "y = Exp(e) }",
+    ],
+    ids=["a convolution", "a depthwise one whose result is quantized"],
+)
+def test_a_sound_model_has_no_findings(net, text):
+    assert lint(parsed(net, text), TENSORRT) == ()
 
 
 @pytest.mark.parametrize("product", ["c0 = MatMul(d, wd) c1 = Add(c0, bias)", "c1 = Gemm(d, wd, bias)"])

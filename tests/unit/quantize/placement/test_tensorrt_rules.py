@@ -42,7 +42,6 @@ def test_the_addition_of_a_constant_is_no_residual(net):
     [
         ((32, 16, 3, 3), 1, None),
         ((8, 16, 3, 3), 1, "a convolution from 16 to 8 channels is too small for INT8 to pay"),
-        ((16, 1, 3, 3), 16, None),
         ((16, 1, 1, 1), 16, "a grouped convolution to 16 channels with kernel [1, 1] has no fast INT8"),
         ((12, 1, 3, 3), 12, "a grouped convolution to 12 channels with kernel [3, 3] has no fast INT8"),
     ],
@@ -54,6 +53,32 @@ def test_small_convolutions_stay_float(net, shape, group, reason):
         w=weight(*shape),
     )
     assert list(placed(model).kept_float.values()) == ([reason] if reason else [])
+
+
+SILU = "s = Sigmoid(d) a = Mul(d, s)"
+
+
+@pytest.mark.parametrize(
+    ("activation", "end", "int8"),
+    [
+        ("a = Relu(d)", "y = Conv(a, v)", True),
+        (SILU, "y = Conv(a, v)", True),
+        ("a = HardSwish(d)", "f = Conv(a, v) g = Conv(a, v) y = Add(f, g)", True),
+        (SILU, "m = GlobalAveragePool(a) p = Mul(a, m) y = Conv(p, v)", False),  # squeeze and excitation
+        ("s = Sigmoid(d) t = Conv(s, v) a = Mul(d, s)", "y = Conv(a, v)", False),  # the gate is read elsewhere, too
+        ("a = Relu(d)", "f = Conv(a, v) y = Add(f, a)", False),
+        ("", "y = Identity(d)", False),
+        ("", "y = Conv(d, v)", True),
+    ],
+)
+def test_a_depthwise_convolution_is_quantized_only_where_convolutions_read_it(net, activation, end, int8):
+    model = net(
+        f"g (float[b,16,8,8] x) => (float[b,c,h,z] y) {{ d = Conv <group = 16> (x, w) {activation} {end} }}",
+        w=weight(16, 1, 3, 3),
+        v=weight(16, 16, 1, 1),
+    )
+    reasons = list(placed(model).kept_float.values())
+    assert reasons == ([] if int8 else ["a grouped convolution whose result is not quantized has no INT8 kernel"])
 
 
 def test_the_stem_is_quantized_although_an_image_has_three_channels(net):

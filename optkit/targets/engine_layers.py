@@ -31,6 +31,8 @@ _PRECISIONS = (
     (re.compile(r"\bbool\b", re.I), "BOOL"),
 )
 
+_CONVERSIONS = frozenset({"Cast", "DequantizeLinear", "QuantizeLinear"})
+
 _REFORMAT = re.compile(r"reformat", re.I)
 
 _INT8_KERNEL = re.compile(r"_i8i8_")
@@ -59,6 +61,7 @@ class Layer:
         outputs: formats of what it writes.
         nodes: the ONNX nodes that it computes, as far as names tell.
         tactic: the kernel, where TensorRT tells.
+        converts: whether the nodes that it computes only quantize and dequantize.
         hides: whether it may compute in a narrower precision than that: its formats are not told, or only those of the
             border of many nodes.
     """
@@ -70,12 +73,13 @@ class Layer:
     outputs: tuple[str, ...]
     nodes: tuple[str, ...]
     tactic: str = ""
+    converts: bool = False
     hides: bool = False
 
     @property
     def reformats(self) -> bool:
         """Whether it only moves data from one format or precision to another."""
-        return bool(_REFORMAT.search(self.kind) or _REFORMAT.search(self.name))
+        return self.converts or bool(_REFORMAT.search(self.kind) or _REFORMAT.search(self.name))
 
     @property
     def computes(self) -> bool:
@@ -85,11 +89,11 @@ class Layer:
 
 def read_layers(information: Mapping[str, Any], model: OnnxModel) -> list[Layer]:
     """The layers of an engine that was built from ``model``; none if the engine keeps them to itself."""
-    names = [str(node.name) for node in model.ir.graph if node.name]
-    return [_layer(told, names) for told in information.get("Layers", ()) if isinstance(told, Mapping)]
+    ops = {str(node.name): node.op_type for node in model.ir.graph if node.name}
+    return [_layer(told, ops) for told in information.get("Layers", ()) if isinstance(told, Mapping)]
 
 
-def _layer(told: Mapping[str, Any], names: Sequence[str]) -> Layer:
+def _layer(told: Mapping[str, Any], ops: Mapping[str, str]) -> Layer:
     inputs, outputs = (tuple(_format(t) for t in told.get(side, ()) if t) for side in ("Inputs", "Outputs"))
     name, kind, tactic = (str(told.get(key, "")) for key in ("Name", "LayerType", "TacticName"))
     weights = told.get("Weights")
@@ -98,14 +102,16 @@ def _layer(told: Mapping[str, Any], names: Sequence[str]) -> Layer:
         precision = "INT8"
     else:
         precision = _precision((weights.get("Type", "") if isinstance(weights, Mapping) else "", *inputs, *outputs))
+    nodes = _nodes_in(f"{name} {told.get('Metadata', '')}", ops)
     return Layer(
         name,
         kind,
         precision,
         inputs,
         outputs,
-        _nodes_in(f"{name} {told.get('Metadata', '')}", names),
+        nodes,
         tactic,
+        converts=bool(nodes) and {ops[node] for node in nodes} <= _CONVERSIONS,
         hides=precision not in _NARROWEST and (kind == "Myelin" or any("dynamic shapes" in text for text in inputs)),
     )
 
@@ -124,7 +130,7 @@ def _precision(texts: Iterable[str]) -> str:
     return next((name for name in named if name not in _WHOLE_NUMBERS), named[0] if named else "")
 
 
-def _nodes_in(text: str, names: Sequence[str]) -> tuple[str, ...]:
+def _nodes_in(text: str, names: Iterable[str]) -> tuple[str, ...]:
     """The nodes whose names stand in a text whole: no letter, digit, dot or slash goes on beside them."""
     tokens = set(re.split(r"\s\+\s|[\s\[\]{}(),;|]|\.\.\.|\x1f|\x1e", text))
     return tuple(name for name in names if name in tokens)
@@ -186,6 +192,15 @@ def _int8_nodes(model: OnnxModel) -> list[str]:
         if all(producer is not None and producer.op_type == "DequantizeLinear" for producer in producers):
             found.append(str(node.name))
     return found
+
+
+def lowered(layers: Sequence[Layer], exact: Iterable[str]) -> list[str]:
+    """Nodes that should compute in float32 and whose layer computes in FP16 or BF16, as far as names tell.
+
+    What is part of an INT8 kernel is none of these: its activation is computed in float32 before the result is rounded.
+    """
+    halves = {node for layer in layers if layer.precision in _HALVES.values() for node in layer.nodes}
+    return [name for name in exact if name in halves]
 
 
 def unproved(layers: Sequence[Layer], model: OnnxModel, asked: Sequence[str]) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Mapping
 from functools import cache
@@ -17,6 +18,8 @@ from optkit.targets import cuda, engine_layers, tensorrt_plan
 from optkit.targets.base import TENSORRT, WEAK_TYPES, Availability, Dialect, Misfit, Target
 from optkit.targets.tensorrt_runner import TensorRtProfiler, TensorRtRunner
 from optkit.targets.worker_client import Limits, probe, worker_python
+
+log = logging.getLogger("optkit.targets")
 
 MODULE = "tensorrt"
 
@@ -120,6 +123,9 @@ class TensorRtTarget(Target):
         told = tensorrt_plan.build(model, folder, options, self._limits, context.progress)
         layers = engine_layers.read_layers(told.pop("information"), model)
         unproved = engine_layers.prove(layers, model, weak.get("precisions") or engine_layers.precisions_of(model))
+        lowered = engine_layers.lowered(layers, weak.get("float32", ()))
+        if lowered:
+            log.warning("float32 in the graph, and TensorRT has no kernel for it but in FP16: %s", ", ".join(lowered))
         gpu = cuda.detect().gpus[0]
         records = {
             "files": [],

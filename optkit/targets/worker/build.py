@@ -304,7 +304,9 @@ def _allow_precisions(trt: Any, config: Any, network: Any, precisions: Any, floa
     for layer in held:
         layer.precision = trt.DataType.FLOAT
     if held:
-        config.set_flag(trt.BuilderFlag.OBEY_PRECISION_CONSTRAINTS)
+        # 8.5.3 refuses a network ("incorrectly marked as an int8 node") if what joins an INT8 convolution must obey
+        strictness = "PREFER" if "INT8" in precisions else "OBEY"
+        config.set_flag(getattr(trt.BuilderFlag, f"{strictness}_PRECISION_CONSTRAINTS"))
 
 
 class _TimingCache:

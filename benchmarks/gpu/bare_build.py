@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import resource
 import time
 from pathlib import Path
 
@@ -71,7 +72,9 @@ def main() -> None:
     took("write")
     if chosen.log:
         Path(chosen.log).write_text("\n".join(logger.lines))
-    print(json.dumps({"seconds": seconds, "all": time.perf_counter() - BEGUN}))
+    used = resource.getrusage(resource.RUSAGE_SELF)
+    processor = {"user_seconds": used.ru_utime, "system_seconds": used.ru_stime, "page_faults": used.ru_minflt}
+    print(json.dumps({"seconds": seconds, "all": time.perf_counter() - BEGUN, **processor}))
 
 
 if __name__ == "__main__":

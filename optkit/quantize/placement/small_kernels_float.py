@@ -17,8 +17,9 @@ _LEAST = 16
 def small_kernels_float(node: ir.Node, draft: Draft) -> bool:
     """A product with fewer than 16 rows or columns, or a convolution with fewer than 16 channels, stays in float.
 
-    The stem is spared: an image has 3 channels, and its convolution has a kernel of its own. So are depthwise
-    convolutions of 3x3 or more whose channels come in eights.
+    So does a convolution of a single pixel, as in squeeze and excitation, which is a product with a vector: to quantize
+    that takes a kernel of its own. The stem is spared: an image has 3 channels, and its convolution has a kernel of
+    its own. So are depthwise convolutions of 3x3 or more whose channels come in eights.
     """
     weight = constant(node.inputs[1]) if node.op_type in WEIGHTED and len(node.inputs) > 1 else None
     if weight is None:
@@ -46,6 +47,8 @@ def _conv_problem(node: ir.Node, weight: ir.TensorProtocol) -> str | None:
         return None if fits else f"a grouped convolution to {outputs} channels with kernel {kernel} has no fast INT8"
     if inputs < _LEAST and _reads_graph_input(node):
         return None
+    if _reads_a_pixel(node):
+        return "a convolution of a single pixel is too small for INT8 to pay"
     if min(inputs, outputs) < _LEAST:
         return f"a convolution from {inputs} to {outputs} channels is too small for INT8 to pay"
     return None
@@ -61,7 +64,12 @@ def _product_problem(weight: ir.TensorProtocol) -> str | None:
 def _reads_graph_input(node: ir.Node) -> bool:
     source = node.inputs[0]
     while source is not None and (producer := source.producer()) is not None:
-        if producer.op_type not in ("QuantizeLinear", "DequantizeLinear"):
+        if producer.op_type not in ("Cast", "QuantizeLinear", "DequantizeLinear"):
             return False
         source = producer.inputs[0]
     return source is not None and source.is_graph_input()
+
+
+def _reads_a_pixel(node: ir.Node) -> bool:
+    shape = None if node.inputs[0] is None else node.inputs[0].shape
+    return shape is not None and len(shape) > 2 and all(dim == 1 for dim in tuple(shape)[2:])

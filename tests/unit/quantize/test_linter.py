@@ -20,6 +20,7 @@ ARRAYS = {
     "w": RNG.integers(-127, 128, (32, 32, 3, 3)).astype(np.int8),
     "f": RNG.standard_normal((32, 32, 3, 3)).astype("f"),
     "m": RNG.integers(-127, 128, (32, 8)).astype(np.int8),
+    "stem": RNG.integers(-127, 128, (32, 3, 3, 3)).astype(np.int8),
     "dw": RNG.integers(-127, 128, (32, 1, 3, 3)).astype(np.int8),
     "b": np.arange(32, dtype=np.int32),
     "bias": np.arange(8, dtype=np.float32),
@@ -133,8 +134,10 @@ def test_each_rule_finds_its_fault(net, rule, text, op_type, policy):
         GOOD,
         f"{DEPTHWISE} g = Sigmoid(c1) a = Mul(c1, g) r = QuantizeLinear(a, s2, z) e = DequantizeLinear(r, s2, z) "
         "y = Exp(e) }",
+        "g (float16[n,3,8,8] i) => (float[n,c,h,v] y) { x = Cast <to = 1> (i) "
+        f"{PAIR} wd = DequantizeLinear <axis = 0> (stem, ws, wz) c1 = Conv(d, wd) y = Exp(c1) }}",
     ],
-    ids=["a convolution", "a depthwise one whose result is quantized"],
+    ids=["a convolution", "a depthwise one whose result is quantized", "a stem behind a Cast"],
 )
 def test_a_sound_model_has_no_findings(net, text):
     assert lint(parsed(net, text), TENSORRT) == ()

@@ -3,6 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from optkit.passes.graph_edit import infer_types
 from optkit.quantize.placement import Use, name_nodes, place
 from optkit.targets.base import TENSORRT
 
@@ -53,6 +54,20 @@ def test_small_convolutions_stay_float(net, shape, group, reason):
         w=weight(*shape),
     )
     assert list(placed(model).kept_float.values()) == ([reason] if reason else [])
+
+
+def test_a_convolution_of_a_single_pixel_stays_float(net):
+    """Squeeze and excitation."""
+    model = net(
+        """g (float[b,16,8,8] x) => (float[b,16,8,8] y) {
+            m = GlobalAveragePool(x) s = Conv(m, v) r = Relu(s) e = Conv(r, v) y = Mul(x, e)
+        }""",
+        v=weight(16, 16, 1, 1),
+    )
+    infer_types(model.ir)
+    assert (
+        list(placed(model).kept_float.values()) == ["a convolution of a single pixel is too small for INT8 to pay"] * 2
+    )
 
 
 SILU = "s = Sigmoid(d) a = Mul(d, s)"

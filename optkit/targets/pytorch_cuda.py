@@ -145,11 +145,14 @@ class TorchCudaRunner:
 
 
 def _compiled(module: Any) -> Any:
-    """``torch.compile`` at its best, without the tables of kernels that it writes to standard error."""
+    """``torch.compile`` at its best, without the tables and the failed kernels that it writes to standard error."""
+    import logging
+
     import torch
     from torch._inductor import config, select_algorithm
 
     if hasattr(config, "max_autotune_report_choices_stats"):
         config.max_autotune_report_choices_stats = False
     select_algorithm.PRINT_AUTOTUNE = False
+    logging.getLogger(select_algorithm.__name__).setLevel(logging.CRITICAL)
     return torch.compile(module, mode="max-autotune-no-cudagraphs")

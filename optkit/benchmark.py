@@ -110,13 +110,15 @@ class Bench:
 
     Attributes:
         rows: by batch size, then in the order of the contestants.
-        not_run: why a contestant has no row, by its name, or by its name and the batch size.
+        not_run: why a contestant has no row, by its name, by its name and the batch size, or by the batch size.
         document: everything, JSON-serializable, raw samples included.
+        interrupted: whether Ctrl-C came before the last batch size was done.
     """
 
     rows: tuple[Row, ...]
     not_run: Mapping[str, str]
     document: dict[str, Any]
+    interrupted: bool = False
 
     @property
     def summary(self) -> str:
@@ -148,7 +150,7 @@ def bench(
 
     PyTorch runs eagerly in float32; where there is a GPU it runs there, and in FP16 with the channels last too, as a
     CUDA graph and compiled. Every other platform is a target, which takes part once with every recipe. Who cannot run
-    here is left out with the reason.
+    here is left out with the reason. Ctrl-C after the first batch size gives what has been measured by then.
 
     Args:
         model: whatever ``compile`` takes.
@@ -189,8 +191,8 @@ def bench(
         context = Context(first.target, Path(scratch), data, first.seed, threads, progress)
         exports = _Exports(start)
         contestants = [one for platform in on for one in _contestants(platform, exports, loaded, contexts, context)]
-        heats = [_run(contestants, _at(start.signature, batch), first, context, transfers) for batch in sizes]
-    return _reported(heats, contestants, first, start.signature, bound)
+        heats = list(_heats(contestants, start.signature, sizes, first, context, transfers))
+    return _reported(heats, sizes[len(heats) :], contestants, first, start.signature, bound)
 
 
 # Who takes part
@@ -354,6 +356,27 @@ class _Heat:
     latency: dict[str, Any] | None
 
 
+def _heats(
+    contestants: Sequence[Contestant],
+    signature: Signature,
+    sizes: Sequence[int],
+    recipe: Recipe,
+    context: Context,
+    transfers: bool,
+) -> Iterator[_Heat]:
+    """One batch size after the other, until Ctrl-C. Builds take minutes: what is measured by then is kept."""
+    measured = False
+    for batch in sizes:
+        try:
+            heat = _run(contestants, _at(signature, batch), recipe, context, transfers)
+        except KeyboardInterrupt:
+            if not measured:
+                raise
+            return
+        measured = measured or bool(heat.rows)
+        yield heat
+
+
 def _run(
     contestants: Sequence[Contestant], signature: Signature, recipe: Recipe, context: Context, transfers: bool
 ) -> _Heat:
@@ -421,10 +444,15 @@ def _rows(
 
 
 def _reported(
-    heats: Sequence[_Heat], contestants: Sequence[Contestant], recipe: Recipe, signature: Signature, bound: float | None
+    heats: Sequence[_Heat],
+    left: Sequence[int],
+    contestants: Sequence[Contestant],
+    recipe: Recipe,
+    signature: Signature,
+    bound: float | None,
 ) -> Bench:
     rows = tuple(row for heat in heats for row in heat.rows)
-    not_run = _not_run(heats, contestants)
+    not_run = _not_run(heats, contestants) | {f"batch {size}": "interrupted" for size in left}
     alike: dict[str, list[str]] = {}
     for name, why in not_run.items():
         alike.setdefault(why, []).append(name)
@@ -441,7 +469,7 @@ def _reported(
         ],
         "not_run": [{"contestants": names, "why": why} for why, names in alike.items()],
     }
-    found = Bench(rows, not_run, document)
+    found = Bench(rows, not_run, document, interrupted=bool(left))
     if bound is not None:
         document["bound"] = _bound_document(found, bound)
     return found

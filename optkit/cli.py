@@ -655,6 +655,8 @@ def time_side_by_side(
             bound=None if bound is None else _seconds(bound),
             progress=progress,
         )
+    if found.interrupted:
+        return Answer(found.document, found.summary, "interrupted: what was done by then is above", INTERRUPTED)
     return Answer(found.document, found.summary)
 
 

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 from dataclasses import replace
 
 import numpy as np
@@ -249,6 +251,25 @@ def test_the_command_prints_the_table_and_one_document(add, capsys):
     assert "so few rounds cannot give that confidence" in text
     assert main([*arguments, "--json", "--threads", "1"]) == 0
     assert [heat["batch"] for heat in json.loads(capsys.readouterr().out)["heats"]] == [1, 2]
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_an_interrupt_keeps_the_batch_sizes_that_are_done(add, batch, capsys, monkeypatch):
+    run = benchmark._run
+
+    def interrupted(contestants, signature, *others):
+        if signature.dims["batch"].opt == batch:
+            os.kill(os.getpid(), signal.SIGINT)
+        return run(contestants, signature, *others)
+
+    monkeypatch.setattr(benchmark, "_run", interrupted)
+    arguments = ["--on", "onnxruntime", "--batch", "1,2,4", "--rounds", "2", "--precision", "fp32", "--threads", "1"]
+    assert main(["bench", add, *arguments]) == 130
+    said = capsys.readouterr()
+    assert "error: interrupted" in said.err
+    assert ("Batch 1: random values" in said.out) == (batch == 2)
+    assert ("batch 2, batch 4: interrupted" in said.out) == (batch == 2)
+    assert "Batch 2:" not in said.out
 
 
 @pytest.mark.parametrize(

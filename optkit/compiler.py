@@ -22,6 +22,7 @@ from optkit.errors import CheckpointError, GateError, OutputError, UsageError
 from optkit.failures import reason
 from optkit.journal import collected_warnings
 from optkit.models import DimRange, OnnxModel, Signature, TorchModel
+from optkit.passes.graph_edit import infer_missing_types
 from optkit.pipeline import Stage, run_passes, with_original
 from optkit.quantize.linter import Finding, is_quantized
 from optkit.quantize.linter import lint as judge_pairs
@@ -210,7 +211,7 @@ def sensitivity(
         floats = start if ready else run_passes(before, start, context)[-1].model
         assert isinstance(floats, OnnxModel)  # recipes are refused whose quantize_int8 gets anything else
         step.requires(floats, context)
-        return rank_layers(step.calibrated(floats, context), context, step.exclude)
+        return rank_layers(step.calibrated(floats, context), context)
 
 
 def lint(path: str | Path, target: AnyTarget) -> tuple[Finding, ...]:
@@ -242,6 +243,7 @@ def lint(path: str | Path, target: AnyTarget) -> tuple[Finding, ...]:
         raise UsageError(f"{file}: nothing in it is quantized, so there is nothing to judge: quantize it first")
     name_nodes(model)
     try:
+        infer_missing_types(model.ir)
         return judge_pairs(model, policy)
     except FileNotFoundError as error:
         raise CheckpointError(f"{file}: its weights are in {error.filename}, which is not there; copy both") from error

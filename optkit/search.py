@@ -147,7 +147,7 @@ class _Rest:
         floats = first.stages[stage - 1].model
         assert isinstance(floats, OnnxModel)  # what quantize_int8 took
         calibrated = step.calibrated(floats, context)
-        ranking = sensitivity(calibrated, context, step.exclude)
+        ranking = sensitivity(calibrated, context)
         return cls(first, index, first.stages[:stage], step, calibrated, ranking, context, judge)
 
     @property

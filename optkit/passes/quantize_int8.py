@@ -17,7 +17,7 @@ from optkit.data import Batch
 from optkit.errors import DataError, PostconditionError, PreconditionError
 from optkit.models import OnnxModel
 from optkit.passes.base import OnnxPass
-from optkit.passes.graph_edit import sample_feeds
+from optkit.passes.graph_edit import infer_missing_types, sample_feeds
 from optkit.quantize.bias_correction import correct_biases
 from optkit.quantize.calibrated import Calibrated
 from optkit.quantize.calibration import Calibration, Split, choose, scales
@@ -105,6 +105,7 @@ class QuantizeInt8(OnnxPass):
         policy = self._policy(context)
         data = self._data(context)
         named = model.clone()
+        infer_missing_types(named.ir)
         name_nodes(named)
         placement = place(named, policy, self.exclude)
         if not placement.weights:

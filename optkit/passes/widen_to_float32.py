@@ -66,13 +66,20 @@ def _precisions(model: ir.Model) -> list[str]:
 def _computes_float32(node: ir.Node) -> bool:
     import onnx_ir as ir
 
-    producers = [value.producer() for value in node.inputs if value is not None]
-    if any(producer is not None and producer.op_type == "DequantizeLinear" for producer in producers):
+    if any(_reads_int8(value) for value in node.inputs):
         return False
     floats = [value for value in (*node.inputs, *node.outputs) if value is not None and value.dtype is not None]
     gives = any(value.dtype == ir.DataType.FLOAT for value in node.outputs)
     takes = any(value.dtype == ir.DataType.FLOAT and constant(value) is None for value in floats)
     return node.op_type not in _WITHOUT_ARITHMETIC and gives and takes
+
+
+def _reads_int8(value: ir.Value | None) -> bool:
+    """Whether a tensor comes out of a DequantizeLinear; Casts in between will be gone."""
+    producer = None if value is None else value.producer()
+    while producer is not None and producer.op_type == "Cast":
+        producer = None if producer.inputs[0] is None else producer.inputs[0].producer()
+    return producer is not None and producer.op_type == "DequantizeLinear"
 
 
 def _widen(model: ir.Model) -> None:

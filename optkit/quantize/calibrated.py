@@ -39,6 +39,13 @@ class Calibrated:
     held_out: Sequence[Batch]
     trials: tuple[Trial, ...]
 
+    def alone(self, node: str) -> Calibrated:
+        """The same with one node of the placement in INT8 and no other, even where the target would not have it so."""
+        placement = self.quantization.placement
+        rules = tuple(rule for rule in self.policy.rules if rule != "depthwise_float")
+        others = (use.node for use in placement.weights if use.node != node)
+        return replace(self, policy=replace(self.policy, rules=rules)).without((*placement.kept_float, *others))
+
     def without(self, exclude: Sequence[str]) -> Calibrated:
         """The same with nodes left in float. To exclude a node only takes away, so nothing is found anew.
 

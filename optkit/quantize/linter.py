@@ -35,8 +35,8 @@ from optkit.quantize.placement.draft import WEIGHTED
 from optkit.quantize.placement.graph import (
     ACTIVATIONS,
     MOVES,
+    all_readers,
     attribute,
-    behind_activation,
     constant,
     only_consumer,
     weight_axis,
@@ -238,8 +238,11 @@ def _wants_quantized_output(node: ir.Node, policy: Int8Policy) -> bool:
     """Whether there is no INT8 kernel for a convolution, because what it writes is not quantized."""
     if "conv_in_out" in policy.rules:
         return not _reaches_quantize(node)
-    reader = only_consumer(behind_activation(node.outputs[0]))
-    return "depthwise_float" in policy.rules and attribute(node, "group", 1) > 1 and not _is(reader, "QuantizeLinear")
+    return (
+        "depthwise_float" in policy.rules
+        and attribute(node, "group", 1) > 1
+        and not all_readers(node.outputs[0], lambda reader, position: reader.op_type == "QuantizeLinear")
+    )
 
 
 def _reaches_quantize(node: ir.Node) -> bool:

@@ -64,13 +64,12 @@ class Sensitivity:
     nodes: tuple[NodeSensitivity, ...]
 
 
-def sensitivity(calibrated: Calibrated, context: Context, exclude: Sequence[str] = ()) -> Sensitivity:
+def sensitivity(calibrated: Calibrated, context: Context) -> Sensitivity:
     """Measure what each INT8 layer costs, on at most ``JUDGED`` held-out samples; each layer takes one run over them.
 
     Args:
         calibrated: a float model with the scales of its INT8 layers (``QuantizeInt8.calibrated``); it is not changed.
         context: its threads and progress bar are used.
-        exclude: names or patterns of nodes that are in float anyway.
 
     Raises:
         PreconditionError: there is no float output to compare.
@@ -85,8 +84,7 @@ def sensitivity(calibrated: Calibrated, context: Context, exclude: Sequence[str]
     names = [use.node for use in calibrated.quantization.weights]
     alone: dict[str, float] = {}
     for name in context.progress(names, "putting one layer into INT8"):
-        others = (other for other in names if other != name)
-        alone[name] = _noise(judge, calibrated.without((*exclude, *others)))
+        alone[name] = _noise(judge, calibrated.alone(name))
     total = sum(alone.values())
     ranked = [
         NodeSensitivity(

@@ -33,6 +33,9 @@ _PRECISIONS = (
 
 _CONVERSIONS = frozenset({"Cast", "DequantizeLinear", "QuantizeLinear"})
 
+_CONVERTERS = frozenset({"Cast", "Dequantize", "NoOp", "Quantize", "Scale"})
+"""Kinds of layers that only convert, if that is all that their nodes do: a kernel's other nodes may have no names."""
+
 _REFORMAT = re.compile(r"reformat", re.I)
 
 _INT8_KERNEL = re.compile(r"_i8i8_")
@@ -61,7 +64,7 @@ class Layer:
         outputs: formats of what it writes.
         nodes: the ONNX nodes that it computes, as far as names tell.
         tactic: the kernel, where TensorRT tells.
-        converts: whether the nodes that it computes only quantize and dequantize.
+        converts: whether it only quantizes, dequantizes or casts.
         hides: whether it may compute in a narrower precision than that: its formats are not told, or only those of the
             border of many nodes.
     """
@@ -111,7 +114,7 @@ def _layer(told: Mapping[str, Any], ops: Mapping[str, str]) -> Layer:
         outputs,
         nodes,
         tactic,
-        converts=bool(nodes) and {ops[node] for node in nodes} <= _CONVERSIONS,
+        converts=bool(nodes) and kind in _CONVERTERS and {ops[node] for node in nodes} <= _CONVERSIONS,
         hides=precision not in _NARROWEST and (kind == "Myelin" or any("dynamic shapes" in text for text in inputs)),
     )
 
@@ -199,7 +202,8 @@ def lowered(layers: Sequence[Layer], exact: Iterable[str]) -> list[str]:
 
     What is part of an INT8 kernel is none of these: its activation is computed in float32 before the result is rounded.
     """
-    halves = {node for layer in layers if layer.precision in _HALVES.values() for node in layer.nodes}
+    told = [layer for layer in layers if layer.computes and not layer.hides]
+    halves = {node for layer in told if layer.precision in _HALVES.values() for node in layer.nodes}
     return [name for name in exact if name in halves]
 
 

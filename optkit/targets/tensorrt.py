@@ -30,7 +30,7 @@ class TensorRtTarget(Target):
     """TensorRT, for datacenter and other GPUs. The engine belongs to this version of TensorRT and this kind of GPU.
 
     From TensorRT 10 on the engine is strongly typed. Before, TensorRT chooses precisions among those that the graph
-    holds; what the graph keeps in float32 stays there.
+    holds; what the graph keeps in float32 stays there, and a warning names what does not, beside INT8.
     """
 
     name: Literal["tensorrt"] = "tensorrt"

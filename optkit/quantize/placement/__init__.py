@@ -69,6 +69,8 @@ def place(model: OnnxModel, policy: Int8Policy, exclude: Sequence[str] = ()) -> 
     for node in model.ir.graph:
         if node.name in excluded:
             draft.keep_float(node, "excluded by the recipe")
+    for node in model.ir.graph:
+        if node.name in excluded:
             continue
         if node.domain in ("", "ai.onnx"):
             any(RULES[name](node, draft) for name in policy.rules)

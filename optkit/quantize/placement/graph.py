@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -15,6 +16,9 @@ _GATES = ({"Sigmoid", "Mul"}, {"HardSigmoid", "Mul"})
 
 MOVES = frozenset({"Flatten", "Reshape", "Squeeze", "Transpose", "Unsqueeze"})
 """Ops that move values and change none."""
+
+_COMMUTES = MOVES | {"Concat", "MaxPool", "Slice", "Split"}
+"""Ops that TensorRT moves a quantization across."""
 
 
 def constant(value: ir.Value | None) -> ir.TensorProtocol | None:
@@ -62,6 +66,26 @@ def behind_activation(value: ir.Value) -> ir.Value:
         if only_consumer(gate.outputs[0]) is gated.producer():
             return gated
     return value
+
+
+def all_readers(value: ir.Value, wanted: Callable[[ir.Node, int], bool]) -> bool:
+    """Whether every input that reads a tensor is wanted, seen behind its activation and what moves it; False for none.
+
+    Args:
+        value: what a node writes.
+        wanted: judges a node and the position of its input.
+    """
+    written = behind_activation(value)
+    uses = tuple(written.uses())
+    return (
+        bool(uses)
+        and not written.is_graph_output()
+        and all(
+            wanted(use.node, use.idx)
+            or (use.node.op_type in _COMMUTES and all(all_readers(moved, wanted) for moved in use.node.outputs))
+            for use in uses
+        )
+    )
 
 
 def attribute(node: ir.Node, name: str, default: int) -> int:

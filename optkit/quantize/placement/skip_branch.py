@@ -31,8 +31,10 @@ def skip_branch(node: ir.Node, draft: Draft) -> bool:
         return False
     draft.quantize_input(node, skip)
     total = after_activation(node.outputs[0])
-    reader = only_consumer(total)
-    if reader is not None and reader.op_type in _AVERAGES:
+    writer, reader = total.producer(), only_consumer(total)
+    if writer is None or reader is None or {writer.name, reader.name} & draft.kept_float.keys():
+        return True
+    if reader.op_type in _AVERAGES:
         draft.quantize_output(total)
     return True
 

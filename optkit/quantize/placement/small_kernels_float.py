@@ -36,6 +36,8 @@ def small_product(node: ir.Node, weight: ir.TensorProtocol) -> str | None:
 
 
 def _conv_problem(node: ir.Node, weight: ir.TensorProtocol) -> str | None:
+    if _reads_a_pixel(node):
+        return "a convolution of a single pixel is too small for INT8 to pay"
     groups = attribute(node, "group", 1)
     axis = weight_axis(node)
     shape = weight.numpy().shape
@@ -47,8 +49,6 @@ def _conv_problem(node: ir.Node, weight: ir.TensorProtocol) -> str | None:
         return None if fits else f"a grouped convolution to {outputs} channels with kernel {kernel} has no fast INT8"
     if inputs < _LEAST and _reads_graph_input(node):
         return None
-    if _reads_a_pixel(node):
-        return "a convolution of a single pixel is too small for INT8 to pay"
     if min(inputs, outputs) < _LEAST:
         return f"a convolution from {inputs} to {outputs} channels is too small for INT8 to pay"
     return None

@@ -77,6 +77,17 @@ def test_does_not_hold_to_float32_what_reads_int8(onnx_model, context):
     assert legal.records[WEAK_TYPES] == {"precisions": ["FP16", "INT8"], "float32": ["exact"]}
 
 
+def test_does_not_hold_to_float32_what_reads_int8_behind_casts_that_go(onnx_model, context):
+    body = """{
+        q = QuantizeLinear(x, s, z) d = DequantizeLinear(q, s, z) h = Cast<to=10>(d) f = Cast<to=1>(h)
+        [mean] m = ReduceMean(f) c = Cast<to=10>(m) y = Abs(c)
+    }"""
+    model = onnx_model(f"g (float[N,4] x) => (float16[1,1] y) <float s = {{0.1}}, int8 z = {{0}}> {body}")
+    legal = legalize(model, TENSORRT_8, context)
+    assert legal.records[WEAK_TYPES] == {"precisions": ["FP16", "INT8"], "float32": []}
+    assert ops(legal) == ["QuantizeLinear", "DequantizeLinear", "ReduceMean", "Abs", "Cast"]
+
+
 def test_keeps_an_fp16_input(onnx_model, context):
     model = onnx_model("g (float16[N,4] x) => (float16[N,4] y) { y = Relu(x) }")
     legal = legalize(model, TENSORRT_8, context)

@@ -45,6 +45,46 @@ def sqnr(model, other, data):
     return decibels(noise_to_signal(outputs_of(model, batches, 1), outputs_of(other, batches, 1)))
 
 
+def test_shapes_that_a_file_does_not_tell_are_inferred_for_the_rules_that_want_them(net, array_data, context):
+    rng = np.random.default_rng(0)
+    model = net(
+        """g (float[b,16,8,8] x) => (float[b,16,8,8] y) {
+            c = Conv(x, v) m = GlobalAveragePool(c) s = Conv(m, v) g = Sigmoid(s) y = Mul(c, g)
+        }""",
+        v=rng.standard_normal((16, 16, 1, 1)).astype("f"),
+    )
+    for value in (value for node in model.ir.graph for value in node.outputs if not value.is_graph_output()):
+        value.shape, value.type = None, None
+    data = array_data({"x": rng.standard_normal((64, 16, 8, 8)).astype("f")})
+    after = run(QUICK, model, replace(context, data=data, target=Symmetric()))
+    (reason,) = after.records["quantization"]["float"].values()
+    assert reason == "a convolution of a single pixel is too small for INT8 to pay"
+
+
+DEPTHWISE = "e = Conv(x, v) d = Conv <group = 16, pads = [1,1,1,1]> (e, w)"
+
+
+@pytest.mark.parametrize(
+    ("size", "text", "exclude"),
+    [
+        (8, f"{DEPTHWISE} a = Relu(d) y = Conv(a, narrow)", ()),
+        (3, "e = Conv(x, v) d = Conv <group = 16> (e, w) y = Conv(d, v)", ()),  # a pixel is left
+        (8, f"{DEPTHWISE} f = Conv <group = 16, pads = [1,1,1,1]> (d, w) y = Add(f, e)", ()),
+        (8, f"{DEPTHWISE} a = Relu(d) [left_out] y = Conv(a, v)", ("left_out",)),
+        (8, f"{DEPTHWISE} a = Relu(d) f = Conv(a, v) g = Conv(a, narrow) y = Concat <axis = 1> (f, g)", ()),
+    ],
+    ids=["small", "pixel", "two in a row", "excluded", "one of two"],
+)
+def test_what_reads_a_depthwise_convolution_in_float_breaks_no_promise(net, array_data, context, size, text, exclude):
+    rng = np.random.default_rng(0)
+    weights = {"v": (16, 16, 1, 1), "w": (16, 1, 3, 3), "narrow": (8, 16, 1, 1)}
+    arrays = {name: rng.standard_normal(shape).astype("f") / 4 for name, shape in weights.items()}
+    model = net(f"g (float[b,16,{size},{size}] x) => (float[b,c,h,z] y) {{ {text} }}", **arrays)
+    data = array_data({"x": rng.standard_normal((64, 16, size, size)).astype("f")})
+    after = run(QUICK.model_copy(update={"exclude": exclude}), model, replace(context, data=data, target=Symmetric()))
+    assert "a grouped convolution" in str(after.records["quantization"]["float"])
+
+
 @pytest.mark.parametrize("target", [OnnxRuntimeTarget(), Symmetric()], ids=["onnxruntime", "tensorrt"])
 def test_quantizes_for_each_target_and_leaves_the_input_alone(residual, images, context, target):
     before = ir.to_proto(residual.ir).SerializeToString()

@@ -35,7 +35,7 @@ def rank(model, policy, context, exclude=()):
     step = QuantizeInt8(activations="static", calibrate=QUICK, smooth=False, exclude=tuple(exclude))
     context = replace(context, target=Wants(policy=policy))
     step.requires(model, context)
-    return sensitivity(step.calibrated(model, context), context, exclude)
+    return sensitivity(step.calibrated(model, context), context)
 
 
 def weight(rows, columns):
@@ -86,6 +86,18 @@ def test_every_layer_of_a_network_is_ranked_and_the_network_left_alone(residual,
     assert alone == sorted(alone)
     assert sum(node.noise for node in ranking.nodes) == pytest.approx(1)
     assert 20 < ranking.sqnr_db < alone[0] < 60
+
+
+def test_a_depthwise_layer_is_ranked_by_its_noise_although_it_would_not_be_int8_alone(net, array_data, context):
+    arrays = {"v": (16, 16, 1, 1), "w": (16, 1, 3, 3)}
+    model = net(
+        "g (float[b,16,8,8] x) => (float[b,16,h,z] y) { e = Conv(x, v) d = Conv <group = 16> (e, w) y = Conv(d, v) }",
+        **{name: RNG.standard_normal(shape).astype("f") / 4 for name, shape in arrays.items()},
+    )
+    data = array_data({"x": RNG.standard_normal((96, 16, 8, 8)).astype("f")})
+    ranking = rank(model, TENSORRT, replace(context, data=data))
+    assert len(ranking.nodes) == 3
+    assert all(node.sqnr_db < 60 for node in ranking.nodes)
 
 
 @POLICIES

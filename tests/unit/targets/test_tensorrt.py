@@ -112,11 +112,21 @@ def test_a_layer_that_only_dequantizes_proves_nothing(onnx_model):
         engine_layers.prove(layers, model, ["INT8"])
 
 
+@pytest.mark.parametrize("change", [{"Name": "weight_dequantize + node_of_y"}, {"Name": "", "Metadata": "[ONNX: q]"}])
+def test_a_kernel_some_of_whose_nodes_have_no_names_computes(onnx_model, change):
+    model = onnx_model(QDQ.replace("e = Deq", "[weight_dequantize] e = Deq").replace("q = Q", "[q] q = Q"))
+    layers = engine_layers.read_layers({"Layers": [{**LAYER_8, **change}]}, model)
+    assert engine_layers.prove(layers, model, ["INT8"]) == []
+
+
 def test_tells_what_computes_in_fp16_although_the_graph_has_it_in_float32(onnx_model):
     layers = engine_layers.read_layers({"Layers": [LAYER_11]}, onnx_model(QDQ))
     assert engine_layers.lowered(layers, ["relu", "elsewhere"]) == ["relu"]
-    fused = engine_layers.read_layers({"Layers": [LAYER_8]}, onnx_model(QDQ))
-    assert engine_layers.lowered(fused, ["relu"]) == []
+    half = [{"Name": "x", "Format/Datatype": "Row major linear FP16 format"}]
+    moved = {"Name": "Reformatting CopyNode for Input Tensor 0 to relu", "LayerType": "Reformat", "Inputs": half}
+    hidden = {"Name": "{ForeignNode[a...relu]}", "LayerType": "Myelin", "Inputs": half, "Outputs": half}
+    other = engine_layers.read_layers({"Layers": [LAYER_8, moved, hidden]}, onnx_model(QDQ))
+    assert engine_layers.lowered(other, ["relu"]) == []
 
 
 def test_tells_islands(onnx_model):

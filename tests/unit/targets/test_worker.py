@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import onnx
@@ -16,6 +17,7 @@ import pytest
 import optkit.targets.worker as worker_package
 from optkit.errors import BuildError, UnavailableError
 from optkit.targets import cuda
+from optkit.targets.worker.build import _allow_precisions
 from optkit.targets.worker.frames import HEADER, FrameError, read_frame, write_frame
 from optkit.targets.worker_client import PYTHON_VARIABLE, Limits, Worker, probe
 
@@ -291,6 +293,28 @@ def test_opening_an_engine_without_a_driver_is_refused_and_not_a_crash(request_b
         reply = worker.call({**request_build, "do": "open", "cuda_graph": True})
         assert reply["error"] == "refused" and "driver" in reply["text"]
         assert worker.call({"do": "run"})["text"] == "no engine is open"  # and it goes on answering
+
+
+@pytest.mark.parametrize(
+    ("precisions", "held", "flags"),
+    [
+        (["FP16"], ["gate"], ["FP16", "OBEY_PRECISION_CONSTRAINTS"]),
+        (["FP16", "INT8"], ["gate"], ["FP16", "INT8", "PREFER_PRECISION_CONSTRAINTS"]),
+        (["FP16", "INT8"], [], ["FP16", "INT8"]),
+    ],
+)
+def test_insists_on_float32_only_where_no_int8_is_beside_it(precisions, held, flags):
+    # Stands for TensorRT 8.5, which wants a GPU; what it does with the flags was seen on one
+    names = ["FP16", "INT8", "OBEY_PRECISION_CONSTRAINTS", "PREFER_PRECISION_CONSTRAINTS"]
+    trt = SimpleNamespace(
+        BuilderFlag=SimpleNamespace(**{name: name for name in names}), DataType=SimpleNamespace(FLOAT="float32")
+    )
+    layers = [SimpleNamespace(name=name, precision=None) for name in ("conv", "gate")]
+    network = SimpleNamespace(num_layers=len(layers), get_layer=layers.__getitem__)
+    given: list[str] = []
+    _allow_precisions(trt, SimpleNamespace(set_flag=given.append), network, precisions, held)
+    assert given == flags
+    assert [layer.precision for layer in layers] == [None, "float32" if held else None]
 
 
 # Stands for a TensorRT whose timing caches are lines of text, of which it takes none that is BERT's: what the worker

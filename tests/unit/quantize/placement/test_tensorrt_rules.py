@@ -84,6 +84,14 @@ SILU = "s = Sigmoid(d) a = Mul(d, s)"
         ("a = Relu(d)", "f = Conv(a, v) y = Add(f, a)", False),
         ("", "y = Identity(d)", False),
         ("", "y = Conv(d, v)", True),
+        ("", "y = Conv(x, d)", False),
+        ("a = Relu(d)", "y = Conv(a, narrow)", False),
+        ("a = Relu(d)", "f = Conv(a, v) g = Conv(a, narrow) c = Concat <axis = 1> (f, g) y = Exp(c)", False),
+        ("a = Relu(d)", "f = Conv <group = 16> (a, w) y = Conv(f, v)", True),
+        ("a = Relu(d)", "f = Conv <group = 16> (a, w) y = Exp(f)", False),
+        ("a = Relu(d)", "p = MaxPool <kernel_shape = [2,2]> (a) c = Concat <axis = 1> (p, p) y = Conv(c, wide)", True),
+        ("a = Relu(d)", "p = MaxPool <kernel_shape = [2,2]> (a) y = Exp(p)", False),
+        ("a = Relu(d)", "[left_out] y = Conv(a, v)", False),
     ],
 )
 def test_a_depthwise_convolution_is_quantized_only_where_convolutions_read_it(net, activation, end, int8):
@@ -91,9 +99,16 @@ def test_a_depthwise_convolution_is_quantized_only_where_convolutions_read_it(ne
         f"g (float[b,16,8,8] x) => (float[b,c,h,z] y) {{ d = Conv <group = 16> (x, w) {activation} {end} }}",
         w=weight(16, 1, 3, 3),
         v=weight(16, 16, 1, 1),
+        narrow=weight(8, 16, 1, 1),
+        wide=weight(16, 32, 1, 1),
     )
-    reasons = list(placed(model).kept_float.values())
-    assert reasons == ([] if int8 else ["a grouped convolution whose result is not quantized has no INT8 kernel"])
+    name_nodes(model)
+    exclude = ["left_out"] if "left_out" in end else []
+    depthwise = model.ir.graph[0].name
+    placement = place(model, TENSORRT, exclude)
+    assert (depthwise in placement.int8) == int8
+    reason = placement.kept_float.get(depthwise)
+    assert reason == (None if int8 else "a grouped convolution whose result is not quantized has no INT8 kernel")
 
 
 def test_the_stem_is_quantized_although_an_image_has_three_channels(net):
@@ -129,6 +144,20 @@ def test_concatenated_tensors_share_one_scale_where_they_are_quantized(net):
     )
     placement = placed(model)
     assert placement.one_scale == (frozenset({"a", "c"}),)
+
+
+@pytest.mark.parametrize("left_out", ["Relu_2", "GlobalAveragePool_3"])
+def test_a_sum_is_not_quantized_for_an_average_that_the_recipe_excludes(net, left_out):
+    model = net(
+        """g (float[b,16,4,4] x) => (float[b,16,1,1] y) {
+            a = Conv(x, w) s = Add(a, x) r = Relu(s) y = GlobalAveragePool(r)
+        }""",
+        w=weight(16, 16, 1, 1),
+    )
+    name_nodes(model)
+    placement = place(model, TENSORRT, [left_out])
+    assert placement.tensors == {"x"}
+    assert left_out not in placement.int8
 
 
 @pytest.mark.parametrize(("reader", "quantized"), [("GlobalAveragePool", True), ("GlobalMaxPool", False)])

@@ -93,7 +93,7 @@ def roll_back(first: Attempt, context: Context, judge: Judge) -> Attempt:
         tried[count] = rest.compiled(count)
         return tried[count].accurate
 
-    most = len(rest.order) - 1
+    most = max(count for count in range(len(rest.order)) if rest.int8(count))
     chosen = fewest(most, passes, rest.guess())
     if chosen is not None and not holds(chosen):
         chosen = fewest(most, holds, chosen + 1, chosen)
@@ -154,6 +154,12 @@ class _Rest:
     def order(self) -> tuple[str, ...]:
         return tuple(node.name for node in self.ranking.nodes)
 
+    def int8(self, count: int) -> tuple[str, ...]:
+        """What is in INT8 with the first ``count`` layers of the order in float: others may go with them."""
+        placement = self.calibrated.without(self._excluded(count)).quantization.placement
+        placed = {use.node for use in placement.weights}
+        return tuple(name for name in self.order if name in placed)
+
     def guess(self) -> int:
         """How many layers to begin with: as many as leave half of the allowed drop, the rest being the interval's."""
         drop, allowed = self.first.report.document["accuracy"]["drop_points"], self.first.recipe.gate.max_drop / 2
@@ -186,9 +192,12 @@ class _Rest:
 
     def _recipe(self, count: int) -> Recipe:
         recipe = self.first.recipe
-        step = self.step.model_copy(update={"exclude": (*self.step.exclude, *self.order[:count])})
+        step = self.step.model_copy(update={"exclude": self._excluded(count)})
         passes = (*recipe.passes[: self.index], step, *recipe.passes[self.index + 1 :])
         return recipe.model_copy(update={"passes": passes})
+
+    def _excluded(self, count: int) -> tuple[str, ...]:
+        return (*self.step.exclude, *self.order[:count])
 
     def _context(self, count: int) -> Context:
         shutil.rmtree(self.folder(count), ignore_errors=True)
@@ -196,7 +205,8 @@ class _Rest:
         return replace(self.context, scratch=self.folder(count))
 
     def _told(self, count: int, attempt: Attempt) -> Attempt:
-        log.info("%d of %d layers in float: %s", count, len(self.order), _outcome(attempt))
+        total = len(self.order)
+        log.info("%d of %d layers in float: %s", total - len(self.int8(count)), total, _outcome(attempt))
         return attempt
 
     def _judged(self, stages: Sequence[Stage], recipe: Recipe) -> Report:
@@ -230,8 +240,9 @@ def _explained(rest: _Rest, tried: dict[int, Attempt], chosen: int | None) -> At
     if chosen is None:
         why = _why_not(rest, tried, limit)
     else:
+        back = len(rest.order) - len(rest.int8(chosen))
         why = (
-            f"{chosen} of {len(rest.order)} INT8 layers went back to float: the fewest of {len(tried)} choices "
+            f"{back} of {len(rest.order)} INT8 layers went back to float: the fewest of {len(tried)} choices "
             f"that keep the drop within {limit:g}. The choices were compared on the samples that judge it."
         )
     verdict = Verdict(attempt.report.verdict.status, (*attempt.report.verdict.reasons, why))
@@ -250,30 +261,31 @@ def _explained(rest: _Rest, tried: dict[int, Attempt], chosen: int | None) -> At
 
 def _why_not(rest: _Rest, tried: dict[int, Attempt], limit: float) -> str:
     """Why no choice was chosen, by the one with the fewest layers in INT8."""
-    last = tried[max(tried)]
+    last, left = tried[max(tried)], ", ".join(rest.int8(max(tried)))
     accuracy = last.report.document["accuracy"]
     if accuracy["status"] == "missed":
         return (
-            f"No choice of layers keeps the drop within {limit:g}: not even with only {rest.order[-1]} in INT8. "
+            f"No choice of layers keeps the drop within {limit:g}: not even with only {left} in INT8. "
             "Raise gate.max_drop, or compile without quantize_int8."
         )
     low, high = accuracy["interval"]
     return (
         f"No choice of layers is shown to keep the drop within {limit:g}, and {accuracy['n']} samples are too few to "
-        f"rule it out: with only {rest.order[-1]} in INT8 it is {accuracy['drop_points']:.2f} points, from {low:.2f} "
+        f"rule it out: with only {left} in INT8 it is {accuracy['drop_points']:.2f} points, from {low:.2f} "
         f"to {high:.2f}. Bring more validation samples, raise gate.max_drop, or compile without quantize_int8."
     )
 
 
 def _point(rest: _Rest, count: int, attempt: Attempt) -> dict[str, Any]:
     accuracy, latency = attempt.report.document["accuracy"], attempt.report.document["latency"]
-    macs = [node.macs for node in rest.ranking.nodes]
-    known = [number for number in macs if number is not None]
-    share = sum(number or 0 for number in macs[count:]) / sum(known) if len(known) == len(macs) and any(known) else None
+    left = rest.int8(count)
+    macs = {node.name: node.macs for node in rest.ranking.nodes}
+    known = [number for number in macs.values() if number is not None]
+    share = sum(macs[name] or 0 for name in left) / sum(known) if len(known) == len(macs) and any(known) else None
     timed = latency["runners"].get(attempt.report.document["candidate"]["name"])
     return {
-        "in_float": count,
-        "in_int8": len(rest.order) - count,
+        "in_float": len(rest.order) - len(left),
+        "in_int8": len(left),
         "int8_macs": share,
         "drop_points": accuracy["drop_points"],
         "interval": accuracy["interval"],

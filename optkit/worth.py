@@ -14,7 +14,7 @@ from typing import Any
 
 from optkit.context import Context
 from optkit.data import random_data
-from optkit.errors import OptkitError
+from optkit.errors import OptkitError, PreconditionError
 from optkit.models import Engine, OnnxModel
 from optkit.passes.quantize_int8 import QuantizeInt8
 from optkit.pipeline import Stage, run_passes
@@ -277,7 +277,11 @@ def _rolled_back(first: _Weighed, context: Context, judge: Judge) -> Attempt:
     while len(tried) <= MOST_ROLLBACKS and tried[-1].pays is False and tried[-1].losing:
         if {*tried[-1].losing} == {name for time in tried[-1].regions for name in time.region.nodes}:
             return _instead(first, judge, ", and no part of it gains more than it costs to enter and leave INT8")
-        tried.append(_Weighed.of(_again(tried[-1], context, judge), first.twin, context))
+        try:
+            again = _again(tried[-1], context, judge)
+        except PreconditionError:  # what is left in INT8 makes no sense for the target without the others
+            return _instead(first, judge, ", and without the nodes that lose time there is nothing left in INT8")
+        tried.append(_Weighed.of(again, first.twin, context))
     if len(tried) == 1:
         return first.explained(["Nothing went back to float (gate.slow_int8): no layer is known to lose time."])
     rollbacks = [_rollback_document(one) for one in tried]

@@ -14,10 +14,19 @@ from optkit.quantize.placement import name_nodes
 from optkit.recipe import Recipe
 from optkit.report.text import render
 from optkit.search import GLANCE, fewest
+from optkit.targets.base import TENSORRT, Dialect
+from optkit.targets.onnxruntime import OnnxRuntimeTarget
 
 RUINED = "MatMul_2"
 PLAIN = {"smooth": False, "calibrate": {"method": "max"}}
 RNG = np.random.default_rng(3)
+START = RNG.bit_generator.state
+
+
+@pytest.fixture(autouse=True)
+def same_numbers():
+    """Every test draws the same numbers, whichever ran before it."""
+    RNG.bit_generator.state = START
 
 
 @pytest.mark.parametrize("most", [1, 2, 3, 7, 8, 20])
@@ -113,6 +122,51 @@ def test_the_layer_that_int8_ruins_goes_back_to_float(chain, recipe, tmp_path):
     assert shown[3] == "  speed: how many times as fast as the FP32 twin, timed in the same rounds"
     (step, _) = bundle.recipe.passes
     assert step.exclude == (RUINED,)  # a plain list, which compiles to the same bundle again
+
+
+@pytest.fixture
+def depthwise(net, tmp_path, monkeypatch):
+    """A depthwise convolution, the one that reads it, which INT8 ruins, and another one or not.
+
+    ONNX Runtime stands in for TensorRT, whose policy has the depthwise one in INT8 only beside the other.
+    """
+    monkeypatch.setattr(OnnxRuntimeTarget, "dialect", property(lambda self: Dialect(int8=TENSORRT)))
+
+    def make(others):
+        arrays = {name: RNG.standard_normal((32, 32, 1, 1)).astype("f") / 6 for name in ("v", "u")}
+        arrays["w"] = RNG.standard_normal((32, 1, 3, 3)).astype("f") / 3
+        arrays["v"][:, 0] *= 500
+        arrays["w"][0] /= 500
+        more = "q = Conv(t, u) r = Tanh(q)" if others else "r = Identity(t)"
+        model = net(
+            f"""g (float[batch,32,4,4] x) => (float[batch,32] y) {{
+                d = Conv <group = 32, pads = [1,1,1,1]> (x, w) p = Conv(d, v) t = Tanh(p) {more}
+                a = GlobalAveragePool(r) y = Flatten(a)
+            }}""",
+            **arrays,
+        )
+        name_nodes(model)
+        np.savez(tmp_path / "rows.npz", x=RNG.standard_normal((1200, 32, 4, 4)).astype("f"))
+        return model
+
+    return make
+
+
+def test_what_makes_no_sense_in_int8_alone_goes_back_too_and_is_counted(depthwise, recipe, tmp_path):
+    wanted = recipe(PLAIN, max_drop=5, slow_int8="report")
+    bundle = optkit.compile(depthwise(others=1), wanted, tmp_path / "out")
+    last = bundle.report["search"]["points"][-1]
+    assert bundle.report["search"]["excluded"] == ["Conv_1"]
+    assert (last["in_float"], last["in_int8"]) == (2, 1)
+    assert last["int8_macs"] == pytest.approx(1024 / (1024 + 1024 + 288), abs=0.01)
+    assert "2 of 3 INT8 layers went back to float" in bundle.summary
+
+
+def test_a_search_ends_where_nothing_would_be_left_in_int8(depthwise, recipe, tmp_path):
+    with pytest.raises(GateError) as caught:
+        optkit.compile(depthwise(others=0), recipe(PLAIN, max_drop=3), tmp_path / "out")
+    assert caught.value.bundle.report["search"]["chosen"] is None
+    assert "not even with only Conv_1, Conv_0 in INT8" in " ".join(caught.value.bundle.summary.split())
 
 
 def test_the_recipe_that_was_found_makes_the_same_model(chain, recipe, tmp_path):

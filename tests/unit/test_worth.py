@@ -11,7 +11,9 @@ import numpy as np
 import pytest
 
 import optkit
+from optkit import worth
 from optkit.context import Context
+from optkit.errors import PreconditionError
 from optkit.models import OnnxModel
 from optkit.passes.quantize_int8 import QuantizeInt8
 from optkit.pipeline import Stage, run_passes
@@ -198,6 +200,16 @@ def test_where_no_region_pays_a_rollback_is_the_twin(run):
         "and no part of it gains more than it costs to enter and leave INT8, so this is the FP32 twin"
         in found.report.verdict.reasons[-1]
     )
+
+
+def test_where_a_rollback_leaves_nothing_in_int8_it_is_the_twin(run, monkeypatch):
+    def nothing_left(*_: object) -> None:
+        raise PreconditionError("nothing to quantize")
+
+    monkeypatch.setattr(worth, "_again", nothing_left)
+    found = run([0.8], slow_int8="rollback")
+    assert [step.use for step in found.recipe.passes] == ["build_engine"]
+    assert "there is nothing left in INT8, so this is the FP32 twin" in found.report.verdict.reasons[-1]
 
 
 def test_what_was_not_timed_is_not_judged(run):

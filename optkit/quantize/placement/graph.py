@@ -17,7 +17,7 @@ _GATES = ({"Sigmoid", "Mul"}, {"HardSigmoid", "Mul"})
 MOVES = frozenset({"Flatten", "Reshape", "Squeeze", "Transpose", "Unsqueeze"})
 """Ops that move values and change none."""
 
-_COMMUTES = MOVES | {"Concat", "MaxPool", "Slice", "Split"}
+_COMMUTES = MOVES | {"Cast", "Concat", "MaxPool", "Slice", "Split"}
 """Ops that TensorRT moves a quantization across."""
 
 
@@ -71,18 +71,23 @@ def behind_activation(value: ir.Value) -> ir.Value:
 def all_readers(value: ir.Value, wanted: Callable[[ir.Node, int], bool]) -> bool:
     """Whether every input that reads a tensor is wanted, seen behind its activation and what moves it; False for none.
 
+    What reads it in the body of an If or Loop is not.
+
     Args:
         value: what a node writes.
         wanted: judges a node and the position of its input.
     """
     written = behind_activation(value)
-    uses = tuple(written.uses())
+    uses, graph = tuple(written.uses()), written.graph
     return (
         bool(uses)
         and not written.is_graph_output()
         and all(
-            wanted(use.node, use.idx)
-            or (use.node.op_type in _COMMUTES and all(all_readers(moved, wanted) for moved in use.node.outputs))
+            use.node.graph is graph
+            and (
+                wanted(use.node, use.idx)
+                or (use.node.op_type in _COMMUTES and all(all_readers(moved, wanted) for moved in use.node.outputs))
+            )
             for use in uses
         )
     )

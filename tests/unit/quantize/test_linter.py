@@ -134,12 +134,19 @@ def test_each_rule_finds_its_fault(net, rule, text, op_type, policy):
         GOOD,
         f"{DEPTHWISE} g = Sigmoid(c1) a = Mul(c1, g) r = QuantizeLinear(a, s2, z) e = DequantizeLinear(r, s2, z) "
         "y = Exp(e) }",
+        f"{DEPTHWISE} t = Cast <to = 1> (c1) r = QuantizeLinear(t, s2, z) e = DequantizeLinear(r, s2, z) y = Exp(e) }}",
         f"{DEPTHWISE} r = QuantizeLinear(c1, s2, z) e = DequantizeLinear(r, s2, z) t = QuantizeLinear(c1, s2, z) "
         "k = DequantizeLinear(t, s2, z) y = Mul(e, k) }",
         "g (float16[n,3,8,8] i) => (float[n,c,h,v] y) { x = Cast <to = 1> (i) "
         f"{PAIR} wd = DequantizeLinear <axis = 0> (stem, ws, wz) c1 = Conv(d, wd) y = Exp(c1) }}",
     ],
-    ids=["a convolution", "a depthwise one whose result is quantized", "twice", "a stem behind a Cast"],
+    ids=[
+        "a convolution",
+        "a depthwise one whose result is quantized",
+        "behind a Cast",
+        "twice",
+        "a stem behind a Cast",
+    ],
 )
 def test_a_sound_model_has_no_findings(net, text):
     assert lint(parsed(net, text), TENSORRT) == ()

@@ -111,6 +111,21 @@ def test_a_depthwise_convolution_is_quantized_only_where_convolutions_read_it(ne
     assert reason == (None if int8 else "a grouped convolution whose result is not quantized has no INT8 kernel")
 
 
+def test_what_reads_a_depthwise_convolution_in_the_body_of_an_if_does_not_quantize_it(net):
+    model = net(
+        """g (float[b,16,8,8] x, bool c) => (float[b,16,h,z] y) {
+            d = Conv <group = 16> (x, w)
+            y = If (c) <
+                then_branch = t () => (float[b,16,h,z] p) { p = Conv(d, v) },
+                else_branch = e () => (float[b,16,h,z] q) { q = Relu(x) }
+            >
+        }""",
+        w=weight(16, 1, 3, 3),
+        v=weight(16, 16, 1, 1),
+    )
+    assert not placed(model).tensors
+
+
 def test_the_stem_is_quantized_although_an_image_has_three_channels(net):
     model = net("g (float[b,3,8,8] x) => (float[b,c,h,v] y) { y = Conv(x, w) }", w=weight(16, 3, 3, 3))
     assert placed(model).tensors == {"x"}

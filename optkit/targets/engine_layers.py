@@ -33,8 +33,8 @@ _PRECISIONS = (
 
 _CONVERSIONS = frozenset({"Cast", "DequantizeLinear", "QuantizeLinear"})
 
-_CONVERTERS = frozenset({"Cast", "Dequantize", "NoOp", "Quantize", "Scale"})
-"""Kinds of layers that only convert, if that is all that their nodes do: a kernel's other nodes may have no names."""
+_PRODUCT = re.compile(r"conv|gemm|mat(rix)?_?mul|fully", re.I)
+"""Kinds of layers that compute, whatever the names in them: of a kernel's nodes only the Q or DQ may have one."""
 
 _REFORMAT = re.compile(r"reformat", re.I)
 
@@ -106,6 +106,7 @@ def _layer(told: Mapping[str, Any], ops: Mapping[str, str]) -> Layer:
     else:
         precision = _precision((weights.get("Type", "") if isinstance(weights, Mapping) else "", *inputs, *outputs))
     nodes = _nodes_in(f"{name} {told.get('Metadata', '')}", ops)
+    computes = _PRODUCT.search(kind) or _INT8_KERNEL.search(tactic)
     return Layer(
         name,
         kind,
@@ -114,7 +115,7 @@ def _layer(told: Mapping[str, Any], ops: Mapping[str, str]) -> Layer:
         outputs,
         nodes,
         tactic,
-        converts=bool(nodes) and kind in _CONVERTERS and {ops[node] for node in nodes} <= _CONVERSIONS,
+        converts=bool(nodes) and {ops[node] for node in nodes} <= _CONVERSIONS and not computes,
         hides=precision not in _NARROWEST and (kind == "Myelin" or any("dynamic shapes" in text for text in inputs)),
     )
 

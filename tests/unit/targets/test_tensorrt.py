@@ -100,12 +100,13 @@ def test_a_layer_without_formats_is_no_excuse_for_a_precision_that_is_missing(on
         engine_layers.prove(layers, model, ["INT8"])
 
 
-def test_a_layer_that_only_dequantizes_proves_nothing(onnx_model):
+@pytest.mark.parametrize("kind", ["Scale", "kgen"])
+def test_a_layer_that_only_dequantizes_proves_nothing(onnx_model, kind):
     """As TensorRT 8.5.3 told of depthwise convolutions of EfficientNet-B0 that it computed in FP16 (on an H200)."""
     model = onnx_model(QDQ.replace("e = Deq", "[weight_dequantize] e = Deq"))
     weight = {"Name": "w", "Format/Datatype": "Row major Int8 format"}
     wide = {"Name": "e", "Format/Datatype": "Row major linear FP32"}
-    scale = {"Name": "weight_dequantize", "LayerType": "Scale", "Inputs": [weight], "Outputs": [wide]}
+    scale = {"Name": "weight_dequantize", "LayerType": kind, "Inputs": [weight], "Outputs": [wide]}
     layers = engine_layers.read_layers({"Layers": [scale, LAYER_11]}, model)
     assert engine_layers.summary(layers, model)["precisions"] == {"FP16": 1}
     with pytest.raises(BuildError, match="INT8 was asked for, and no layer of the engine computes in it"):

@@ -191,7 +191,7 @@ def bench(
         context = Context(first.target, Path(scratch), data, first.seed, threads, progress)
         exports = _Exports(start)
         contestants = [one for platform in on for one in _contestants(platform, exports, loaded, contexts, context)]
-        heats = list(_heats(contestants, start.signature, sizes, first, context, transfers))
+        heats = _heats(contestants, start.signature, sizes, first, context, transfers)
     return _reported(heats, sizes[len(heats) :], contestants, first, start.signature, bound)
 
 
@@ -363,18 +363,16 @@ def _heats(
     recipe: Recipe,
     context: Context,
     transfers: bool,
-) -> Iterator[_Heat]:
+) -> list[_Heat]:
     """One batch size after the other, until Ctrl-C. Builds take minutes: what is measured by then is kept."""
-    measured = False
-    for batch in sizes:
-        try:
-            heat = _run(contestants, _at(signature, batch), recipe, context, transfers)
-        except KeyboardInterrupt:
-            if not measured:
-                raise
-            return
-        measured = measured or bool(heat.rows)
-        yield heat
+    heats: list[_Heat] = []
+    try:
+        for batch in sizes:
+            heats.append(_run(contestants, _at(signature, batch), recipe, context, transfers))
+    except KeyboardInterrupt:
+        if not any(heat.rows for heat in heats):
+            raise
+    return heats
 
 
 def _run(

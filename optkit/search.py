@@ -93,7 +93,7 @@ def roll_back(first: Attempt, context: Context, judge: Judge) -> Attempt:
         tried[count] = rest.compiled(count)
         return tried[count].accurate
 
-    most = max(count for count in range(len(rest.order)) if rest.int8(count))
+    most = next(count for count in reversed(range(len(rest.order))) if rest.int8(count))
     chosen = fewest(most, passes, rest.guess())
     if chosen is not None and not holds(chosen):
         chosen = fewest(most, holds, chosen + 1, chosen)
@@ -160,6 +160,10 @@ class _Rest:
         placed = {use.node for use in placement.weights}
         return tuple(name for name in self.order if name in placed)
 
+    def in_float(self, count: int) -> int:
+        """How many layers that makes in float."""
+        return len(self.order) - len(self.int8(count))
+
     def guess(self) -> int:
         """How many layers to begin with: as many as leave half of the allowed drop, the rest being the interval's."""
         drop, allowed = self.first.report.document["accuracy"]["drop_points"], self.first.recipe.gate.max_drop / 2
@@ -205,8 +209,7 @@ class _Rest:
         return replace(self.context, scratch=self.folder(count))
 
     def _told(self, count: int, attempt: Attempt) -> Attempt:
-        total = len(self.order)
-        log.info("%d of %d layers in float: %s", total - len(self.int8(count)), total, _outcome(attempt))
+        log.info("%d of %d layers in float: %s", self.in_float(count), len(self.order), _outcome(attempt))
         return attempt
 
     def _judged(self, stages: Sequence[Stage], recipe: Recipe) -> Report:
@@ -240,10 +243,9 @@ def _explained(rest: _Rest, tried: dict[int, Attempt], chosen: int | None) -> At
     if chosen is None:
         why = _why_not(rest, tried, limit)
     else:
-        back = len(rest.order) - len(rest.int8(chosen))
         why = (
-            f"{back} of {len(rest.order)} INT8 layers went back to float: the fewest of {len(tried)} choices "
-            f"that keep the drop within {limit:g}. The choices were compared on the samples that judge it."
+            f"{rest.in_float(chosen)} of {len(rest.order)} INT8 layers went back to float: the fewest of {len(tried)} "
+            f"choices that keep the drop within {limit:g}. The choices were compared on the samples that judge it."
         )
     verdict = Verdict(attempt.report.verdict.status, (*attempt.report.verdict.reasons, why))
     document = {

@@ -181,9 +181,13 @@ def counts_in_words(precisions: Mapping[str, int]) -> str:
 
 def _islands(layers: Sequence[Layer], model: OnnxModel) -> list[str]:
     """Weighted nodes that the graph has in INT8 and the engine in another precision, as far as names tell."""
-    told = [layer for layer in layers if layer.computes and layer.precision and not layer.hides]
-    found = {node: layer.precision for layer in told for node in layer.nodes}
+    found = {node: layer.precision for layer in _telling(layers) for node in layer.nodes}
     return [name for name in _int8_nodes(model) if found.get(name, "INT8") != "INT8"]
+
+
+def _telling(layers: Iterable[Layer]) -> list[Layer]:
+    """The layers that compute and tell in which precision."""
+    return [layer for layer in layers if layer.computes and layer.precision and not layer.hides]
 
 
 def _int8_nodes(model: OnnxModel) -> list[str]:
@@ -203,8 +207,7 @@ def lowered(layers: Sequence[Layer], exact: Iterable[str]) -> list[str]:
 
     What is part of an INT8 kernel is none of these: its activation is computed in float32 before the result is rounded.
     """
-    told = [layer for layer in layers if layer.computes and not layer.hides]
-    halves = {node for layer in told if layer.precision in _HALVES.values() for node in layer.nodes}
+    halves = {node for layer in _telling(layers) if layer.precision in _HALVES.values() for node in layer.nodes}
     return [name for name in exact if name in halves]
 
 

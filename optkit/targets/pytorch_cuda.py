@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
@@ -146,8 +147,6 @@ class TorchCudaRunner:
 
 def _compiled(module: Any) -> Any:
     """``torch.compile`` at its best, without the tables and the failed kernels that it writes to standard error."""
-    import logging
-
     import torch
     from torch._inductor import config, select_algorithm
 

@@ -65,10 +65,9 @@ def place(model: OnnxModel, policy: Int8Policy, exclude: Sequence[str] = ()) -> 
         PreconditionError: a name or pattern of ``exclude`` matches no node.
     """
     excluded = _matching(model, exclude)
-    draft = Draft(int32_bias=policy.bias == "int32")
-    for node in model.ir.graph:
-        if node.name in excluded:
-            draft.keep_float(node, "excluded by the recipe")
+    # Rules look at what comes further down, too: they must know of it what the recipe says
+    kept_float = {str(node.name): "excluded by the recipe" for node in model.ir.graph if node.name in excluded}
+    draft = Draft(int32_bias=policy.bias == "int32", kept_float=kept_float)
     for node in model.ir.graph:
         if node.name in excluded:
             continue

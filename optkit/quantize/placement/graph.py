@@ -50,7 +50,7 @@ def after_activation(value: ir.Value) -> ir.Value:
     return consumer.outputs[0]
 
 
-def behind_activation(value: ir.Value) -> ir.Value:
+def _behind_activation(value: ir.Value) -> ir.Value:
     """The tensor after the Relu, Clip, HardSwish or gate ``x * sigmoid(x)`` that reads a tensor, or the tensor itself.
 
     These are what TensorRT computes within a convolution's kernel.
@@ -77,7 +77,7 @@ def all_readers(value: ir.Value, wanted: Callable[[ir.Node, int], bool]) -> bool
         value: what a node writes.
         wanted: judges a node and the position of its input.
     """
-    written = behind_activation(value)
+    written = _behind_activation(value)
     uses, graph = tuple(written.uses()), written.graph
     return (
         bool(uses)

@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 
 from optkit.passes.graph_edit import infer_types
+from optkit.passes.quantize_int8 import _PROMISES
 from optkit.quantize.linter import lint
 from optkit.quantize.placement import name_nodes, place
 from optkit.quantize.qdq import Quantization, quantize_weights, write
 from optkit.quantize.scales import Scale
 from optkit.targets.base import ORT_CPU, TENSORRT
 
-FLOAT = {"W8", "W9", "W10", "W13"}  # that a node which was to be INT8 runs in float, or in pieces
 SAME = "pads = [1,1,1,1]"
 
 
@@ -90,7 +90,7 @@ def test_the_linter_finds_in_int8_what_was_placed_there(net, policy):
         activations = dict.fromkeys(placement.tensors, scale)
         stored = quantize_weights(model, placement, policy, activations, "max")
         after = write(model, Quantization(placement, activations, stored))
-        broken = [found for found in lint(after, policy) if found.is_error or found.rule in FLOAT]
+        broken = [found for found in lint(after, policy) if found.is_error or found.rule in _PROMISES]
         assert not [found for found in broken if found.is_error or found.node in placement.int8], f"seed {seed}: {text}"
         placed += bool(placement.weights)
         convolutions = {str(node.name): node for node in model.ir.graph if node.op_type == "Conv"}

@@ -38,15 +38,18 @@ _PRODUCT = re.compile(r"conv|gemm|mat(rix)?_?mul|fully", re.I)
 
 _REFORMAT = re.compile(r"reformat", re.I)
 
-_INT8_KERNEL = re.compile(r"_i8i8_")
-"""What TensorRT 8.5.3 names them by; of layers with dynamic shapes it told no formats (on an H200)."""
+_KERNEL = re.compile(r"_(i8|bf16|f16|tf32|f32)(?:i8|bf16|f16|f32)_")
+"""What names of kernels begin their types with: what they read and what they write. Of layers with dynamic shapes
+TensorRT 8.5.3 tells no formats, but the kernel (on an H200)."""
+
+_READ_BY_KERNELS = {"i8": "INT8", "bf16": "BF16", "f16": "FP16", "tf32": "FP32", "f32": "FP32"}
 
 _WHOLE_NUMBERS = frozenset({"INT32", "INT64", "BOOL"})
 """What indices and masks come in, beside what a layer computes."""
 
 _NOT_TOLD = "not told"
 
-_NARROWEST = frozenset({"INT8", "FP8"})
+_WIDTHS = {"FP32": 32, "FP16": 16, "BF16": 16, "INT8": 8, "FP8": 8}
 
 _HALVES = {"float16": "FP16", "bfloat16": "BF16"}
 
@@ -65,8 +68,8 @@ class Layer:
         nodes: the ONNX nodes that it computes, as far as names tell.
         tactic: the kernel, where TensorRT tells.
         converts: whether it only quantizes, dequantizes or casts.
-        hides: whether it may compute in a narrower precision than that: its formats are not told, or only those of the
-            border of many nodes.
+        hides: whether it may compute in a narrower precision than that, of those that the engine may have: its formats
+            and its kernel are not told, or only the formats at the border of many nodes.
     """
 
     name: str
@@ -90,23 +93,33 @@ class Layer:
         return not (self.reformats or self.kind == "Constant")
 
 
-def read_layers(information: Mapping[str, Any], model: OnnxModel) -> list[Layer]:
-    """The layers of an engine that was built from ``model``; none if the engine keeps them to itself."""
+def read_layers(information: Mapping[str, Any], model: OnnxModel, asked: Sequence[str] = ("INT8",)) -> list[Layer]:
+    """The layers of an engine that was built from ``model``; none if the engine keeps them to itself.
+
+    Args:
+        information: what the inspector told.
+        model: what the engine was built from.
+        asked: the precisions that the engine may have beside float32.
+    """
     ops = {str(node.name): node.op_type for node in model.ir.graph if node.name}
-    return [_layer(told, ops) for told in information.get("Layers", ()) if isinstance(told, Mapping)]
+    narrowest = min((_WIDTHS[name] for name in asked), default=32)
+    return [_layer(told, ops, narrowest) for told in information.get("Layers", ()) if isinstance(told, Mapping)]
 
 
-def _layer(told: Mapping[str, Any], ops: Mapping[str, str]) -> Layer:
+def _layer(told: Mapping[str, Any], ops: Mapping[str, str], narrowest: int) -> Layer:
     inputs, outputs = (tuple(_format(t) for t in told.get(side, ()) if t) for side in ("Inputs", "Outputs"))
     name, kind, tactic = (str(told.get(key, "")) for key in ("Name", "LayerType", "TacticName"))
-    weights = told.get("Weights")
+    weights, kernel = told.get("Weights"), _KERNEL.search(tactic)
     # Weights that are an input of a layer, and not part of it, leave TensorRT 8 saying that it has some in FP32
-    if _precision(inputs[:1]) == "INT8" or _INT8_KERNEL.search(tactic):
+    if kernel is not None:
+        precision = _READ_BY_KERNELS[kernel[1]]
+    elif _precision(inputs[:1]) == "INT8":
         precision = "INT8"
     else:
         precision = _precision((weights.get("Type", "") if isinstance(weights, Mapping) else "", *inputs, *outputs))
     nodes = _nodes_in(f"{name} {told.get('Metadata', '')}", ops)
-    computes = _PRODUCT.search(kind) or _INT8_KERNEL.search(tactic)
+    computes = _PRODUCT.search(kind) or kernel is not None
+    tells = kernel is not None or not (kind == "Myelin" or any("dynamic shapes" in text for text in inputs))
     return Layer(
         name,
         kind,
@@ -116,7 +129,7 @@ def _layer(told: Mapping[str, Any], ops: Mapping[str, str]) -> Layer:
         nodes,
         tactic,
         converts=bool(nodes) and {ops[node] for node in nodes} <= _CONVERSIONS and not computes,
-        hides=precision not in _NARROWEST and (kind == "Myelin" or any("dynamic shapes" in text for text in inputs)),
+        hides=not tells and _WIDTHS.get(precision, 32) > narrowest,
     )
 
 

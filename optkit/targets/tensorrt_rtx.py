@@ -123,6 +123,7 @@ class TensorRtRtxTarget(Target):
         told = tensorrt_plan.inspect(plan, MODULE, self._limits)
         if "not_inspected" in told:
             return told
-        layers, asked = engine_layers.read_layers(told, model), engine_layers.precisions_of(model)
+        asked = engine_layers.precisions_of(model)
+        layers = engine_layers.read_layers(told, model, asked)
         unproved = engine_layers.unproved(layers, model, asked)
         return {**engine_layers.summary(layers, model), "unproved": unproved}

@@ -74,6 +74,32 @@ def test_the_kernel_tells_where_formats_depend_on_shapes(onnx_model):
     engine_layers.prove(layers, model, ["INT8"])
 
 
+@pytest.mark.parametrize(
+    ("kernel", "precision"),
+    [
+        ("sm80_xmma_fprop_implicit_gemm_interleaved_i8f32_i8i32_f32_nchw_vect_c_32kcrs_vect_c_32_nchw", "INT8"),
+        ("sm80_xmma_fprop_implicit_gemm_indexed_wo_smem_f16f16_f16f16_f16_nhwckrsc_nhwc_tilesize128x16x32", "FP16"),
+        ("sm86_xmma_gemm_f32f32_tf32f32_f32_tn_n_tilesize32x32x64_stage6_warpsize2x2x1_tensor16x8x8", "FP32"),
+    ],
+)
+def test_a_kernel_tells_what_it_reads_whatever_the_weights_came_as(onnx_model, kernel, precision):
+    """Kernels of EfficientNet-Lite0 with a dynamic batch, on an H200."""
+    unknown = [{"Name": "x", "Format/Datatype": "N/A due to dynamic shapes"}]
+    told = {**LAYER_8, "Inputs": unknown, "Outputs": unknown, "Weights": {"Type": "Float"}, "TacticName": kernel}
+    model = onnx_model(QDQ)
+    layers = engine_layers.read_layers({"Layers": [told]}, model)
+    assert engine_layers.summary(layers, model)["precisions"] == {precision: 1}
+
+
+def test_hides_nothing_where_the_engine_may_have_nothing_narrower(onnx_model):
+    unknown = [{"Name": "x", "Format/Datatype": "N/A due to dynamic shapes"}]
+    told = {**LAYER_8, "Inputs": unknown, "Outputs": unknown, "Weights": {"Type": "Half"}}
+    model = onnx_model(QDQ)
+    for asked, counted in ((["FP16"], {"FP16": 1}), (["FP16", "INT8"], {"FP16 or narrower": 1})):
+        layers = engine_layers.read_layers({"Layers": [told]}, model, asked)
+        assert engine_layers.summary(layers, model)["precisions"] == counted
+
+
 def test_a_layer_that_hides_its_precision_proves_nothing_and_disproves_nothing(onnx_model, caplog):
     """TensorRT 8.5.3 makes one layer of a whole BERT, of which it tells the border alone (on an H200)."""
     ids = {"Name": "ids", "Format/Datatype": "Row major linear Int32"}

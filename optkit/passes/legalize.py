@@ -12,6 +12,7 @@ from optkit.models import OnnxModel
 from optkit.passes.decompose_gelu import DecomposeGelu
 from optkit.passes.decompose_layer_norm import DecomposeLayerNorm
 from optkit.passes.graph_edit import GraphEdit, drift, infer_types, is_same
+from optkit.passes.leave_clips_to_quantizers import LeaveClipsToQuantizers
 from optkit.passes.lower_opset import LowerOpset
 from optkit.passes.spell_out_kernels import SpellOutKernels
 from optkit.passes.spell_out_shapes import SpellOutShapes
@@ -21,6 +22,7 @@ from optkit.targets.base import WEAK_TYPES, Dialect
 
 _DECOMPOSE: tuple[GraphEdit, ...] = (DecomposeLayerNorm(), DecomposeGelu())
 _SPELL_OUT: tuple[GraphEdit, ...] = (SpellOutKernels(), SpellOutZeroPoints(), SpellOutShapes())
+_FOR_WEAK_TYPING: tuple[GraphEdit, ...] = (LeaveClipsToQuantizers(),)
 
 
 def legalize(model: OnnxModel, dialect: Dialect, context: Context) -> OnnxModel:
@@ -52,7 +54,9 @@ def express(model: OnnxModel, dialect: Dialect, context: Context) -> Legal:
         PassError: a node cannot be expressed; the message names it.
     """
     steps: list[GraphEdit] = [step for step in _DECOMPOSE if step.touches & dialect.lacks]
-    after, done = _edited(model, [*steps, *_SPELL_OUT] if dialect.explicit else steps, context)
+    steps += _SPELL_OUT if dialect.explicit else ()
+    steps += () if dialect.typed else _FOR_WEAK_TYPING
+    after, done = _edited(model, steps, context)
     if not dialect.typed:
         widened = WidenToFloat32().run(after, context)
         done += [WidenToFloat32().use] * bool({"FP16", "BF16"} & set(widened.records[WEAK_TYPES]["precisions"]))

@@ -11,10 +11,13 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from optkit.errors import BuildError
 from optkit.models import OnnxModel
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
 
 log = logging.getLogger("optkit.targets")
 
@@ -222,6 +225,28 @@ def lowered(layers: Sequence[Layer], exact: Iterable[str]) -> list[str]:
     """
     halves = {node for layer in _telling(layers) if layer.precision in _HALVES.values() for node in layer.nodes}
     return [name for name in exact if name in halves]
+
+
+def clipped_numbers(layers: Sequence[Layer], model: OnnxModel) -> list[str]:
+    """Clips that come after a quantizer behind them: TensorRT 8.5.3 clips INT8 numbers at the bounds of floats then."""
+    at = {node: position for position, layer in enumerate(layers) for node in layer.nodes}
+    clips = {str(node.name): node for node in model.ir.graph if node.op_type == "Clip"}
+    return [
+        name
+        for name, clip in clips.items()
+        if any(at.get(quantizer, len(layers)) < at.get(name, 0) for quantizer in _quantizers(clip))
+    ]
+
+
+def _quantizers(node: ir.Node) -> set[str]:
+    """The nearest QuantizeLinear nodes on every way from a node on."""
+    found, seen, ahead = set(), {node}, [node]
+    while ahead:
+        readers = {use.node for output in ahead.pop().outputs for use in output.uses()} - seen
+        seen |= readers
+        found |= {str(reader.name) for reader in readers if reader.op_type == "QuantizeLinear"}
+        ahead += [reader for reader in readers if reader.op_type != "QuantizeLinear"]
+    return found
 
 
 def unproved(layers: Sequence[Layer], model: OnnxModel, asked: Sequence[str]) -> list[str]:

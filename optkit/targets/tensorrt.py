@@ -12,7 +12,7 @@ from typing import Any, Literal
 from pydantic import Field
 
 from optkit.context import Context
-from optkit.errors import OptkitError
+from optkit.errors import BuildError, OptkitError
 from optkit.models import Engine, OnnxModel
 from optkit.targets import cuda, engine_layers, tensorrt_plan
 from optkit.targets.base import TENSORRT, WEAK_TYPES, Availability, Dialect, Misfit, Target
@@ -127,6 +127,13 @@ class TensorRtTarget(Target):
         lowered = engine_layers.lowered(layers, weak.get("float32", ()))
         if lowered:
             log.warning("float32 in the graph, and TensorRT has no kernel for it but in FP16: %s", ", ".join(lowered))
+        clipped = engine_layers.clipped_numbers(layers, model) if weak else []
+        if clipped:
+            raise BuildError(
+                f"TensorRT {told['version']} quantizes before it clips in {', '.join(clipped)} and then clips the "
+                "INT8 numbers at the bounds of the floats, so the engine is wrong: in quantize_int8 `exclude` the "
+                "layers that read what is clipped, or let those before be in INT8, too"
+            )
         gpu = cuda.detect().gpus[0]
         records = {
             "files": [],

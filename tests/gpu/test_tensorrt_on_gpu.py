@@ -42,6 +42,17 @@ g (float[N,32,28,28] x, int8[32,32,3,3] w, float[32] ws) => (float[N,32,28,28] y
 """
 QDQ = INT8 % ("r = Relu(c)", "t = Add(s, d)  y = Relu(t)")
 MIXED = INT8 % ("[gate] g = Sigmoid(c)  [silu] r = Mul(c, g)", "h = Cast<to=10>(s)  a = Relu(h)  y = Cast<to=1>(a)")
+RELU6 = """
+g (float[N,32,28,28] x, float[32,1,3,3] v, int8[32,32,1,1] w, float[32] ws) => (float[N,32,28,28] y)
+  <float s = {%s}, int8 z = {0}, float low = {0}, float high = {6}> {
+    [depthwise] c = Conv<group=32, pads=[1,1,1,1]>(x, v)
+    [clip] a = Clip(c, low, high)
+    q = QuantizeLinear(a, s, z)
+    d = DequantizeLinear(q, s, z)
+    e = DequantizeLinear<axis=0>(w, ws)
+    [next] y = Conv(d, e)
+}
+"""
 ENCODER = """
 g (float[N,16,64] x, float[64] scale, float[64] bias, float[64,64] w) => (float[N,16,64] y) {
     n = LayerNormalization<axis=-1>(x, scale, bias)
@@ -124,6 +135,25 @@ def test_builds_and_runs_a_float_model(target, conv, context, kind, precision):
             feeds = feeds_of(model, batch)
             found = compare(reference.run(feeds), runner.run(feeds))
             assert found.cosine > 0.9999
+
+
+@pytest.mark.parametrize("scale", [6 / 127, 0.1], ids=["saturates", "has room"])
+def test_clips_what_a_float_convolution_gives_before_it_is_quantized_or_refuses(target, onnx_model, context, scale):
+    rng = np.random.default_rng(0)
+    values = {
+        "v": rng.standard_normal((32, 1, 3, 3)).astype(np.float32),
+        "w": rng.integers(-127, 128, (32, 32, 1, 1), np.int8),
+        "ws": np.linspace(5e-4, 1e-3, 32).astype(np.float32),
+    }
+    model = fill(onnx_model(RELU6 % scale), values)
+    try:
+        engine = build(target, model, context)
+    except BuildError as error:
+        assert scale == 0.1 and "quantizes before it clips in clip" in str(error)
+        return
+    feeds = feeds_of(model)
+    with target.open(engine, 1) as runner, open_onnx(model, optimize=False) as reference:
+        assert compare(reference.run(feeds), runner.run(feeds)).cosine > 0.9999
 
 
 @pytest.mark.parametrize("text", [QDQ, MIXED], ids=["alone", "beside float32"])

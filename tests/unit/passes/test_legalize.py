@@ -132,3 +132,48 @@ def test_names_what_the_older_opset_cannot_express(onnx_model, context):
         'g (float[4] x, float[4] z, int64[2,1] i) => (float[4] y) { [top] y = ScatterND<reduction="max">(x, i, z) }'
     )
     assert LowerOpset(to=18).run(model, context).ir.opset_imports[""] == 18
+
+
+CLIPPED = """
+g (float[N,1,8,8] x) => (float[N,1,H,W] y)
+  <float s = {{{scale}}}, {kind} z = {{{zero}}}, float l = {{{low}}}, float h = {{{high}}}> {{
+    [clip] a = Clip(x, l, h) [between] b = {between}
+    q = QuantizeLinear(b, s, z) y = DequantizeLinear(q, s, z)
+}}
+"""
+
+MOVED = "Transpose<perm=[0,1,3,2]>(a)"
+
+
+@pytest.mark.parametrize(
+    ("change", "becomes"),
+    [
+        ({}, "Relu"),
+        ({"between": "MaxPool<kernel_shape=[2,2]>(a)"}, "Relu"),
+        ({"scale": 0.02}, "Relu"),
+        ({"scale": 0.05}, "Clip"),  # 6 is 120 then, and 127 would come through
+        ({"kind": "uint8"}, "Clip"),  # 6 is 127 of 255
+        ({"between": "Abs(a)"}, "Clip"),
+        ({"low": -6}, "Clip"),  # -6 is -127, and -128 would come through
+        ({"low": -7}, None),
+        ({"low": 1}, "Clip"),
+        ({"kind": "uint8", "scale": 0.0235}, None),
+    ],
+)
+def test_leaves_to_the_quantizer_what_it_clips_anyway(onnx_model, context, change, becomes):
+    given = {"scale": 0.04724, "kind": "int8", "zero": 0, "low": 0, "high": 6, "between": MOVED, **change}
+    model = onnx_model(CLIPPED.format(**given))
+    weak = replace(TENSORRT_8, builder_opset=None)
+    legal = legalize(model, weak, context)
+    assert [node.op_type for node in legal.ir.graph if node.name == "clip"] == [becomes] * (becomes is not None)
+    feeds = {"x": np.linspace(-9, 9, 64, dtype=np.float32).reshape(1, 1, 8, 8)}
+    wanted, found = (open_onnx(m, optimize=False).run(feeds)["y"] for m in (model, legal))
+    np.testing.assert_array_equal(found, wanted)
+    assert legalize(model, replace(weak, typed=True, explicit=False), context) is model
+
+
+def test_keeps_a_clip_that_is_not_only_quantized(onnx_model, context):
+    model = onnx_model("""g (float[N,4] x) => (float[N,4] y, float[N,4] b)
+      <float s = {0.04}, int8 z = {0}, float l = {0}, float h = {6}> {
+        [clip] a = Clip(x, l, h) q = QuantizeLinear(a, s, z) y = DequantizeLinear(q, s, z) b = Abs(a) }""")
+    assert "Clip" in ops(legalize(model, TENSORRT_8, context))

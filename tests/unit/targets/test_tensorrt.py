@@ -156,6 +156,26 @@ def test_tells_what_computes_in_fp16_although_the_graph_has_it_in_float32(onnx_m
     assert engine_layers.lowered(other, ["relu"]) == []
 
 
+def test_finds_what_is_clipped_after_it_was_quantized(onnx_model):
+    """The order of the layers of EfficientNet-Lite0 on an H200, where the engine's outputs were noise."""
+    model = onnx_model("""g (float[1,4] x) => (float[1,4] y)
+      <float s = {0.1}, int8 z = {0}, float o = {0}, float t = {2}> {
+        [conv] c = Abs(x) [clip] a = Clip(c, o, t) m = Identity(a) [quantize] q = QuantizeLinear(m, s, z)
+        [dequantize] d = DequantizeLinear(q, s, z) [next] y = Abs(d) }""")
+    quantize = {"Name": "quantize", "LayerType": "Reformat"}
+    alone, with_conv = {"Name": "PWN(clip)", "LayerType": "PointWiseV2"}, {"Name": "conv + PWN(clip)"}
+    rest = {"Name": "dequantize + next"}
+    for told, found in (
+        ([{"Name": "conv"}, quantize, alone, rest], ["clip"]),
+        ([{"Name": "conv"}, alone, quantize, rest], []),
+        ([with_conv, quantize, rest], []),
+        ([{"Name": "conv + PWN(clip) + quantize"}, rest], []),
+        ([{"Name": "conv"}, alone, rest], []),
+    ):
+        layers = engine_layers.read_layers({"Layers": told}, model)
+        assert engine_layers.clipped_numbers(layers, model) == found
+
+
 def test_tells_islands(onnx_model):
     model = onnx_model(QDQ)
     told = engine_layers.summary(engine_layers.read_layers({"Layers": [LAYER_11, REFORMAT]}, model), model)

@@ -16,8 +16,8 @@ _REGIONS, _PARTS = 12, 8
 _REASONS, _NAMES = 8, 6
 """For how many reasons nodes kept in float32 are named, and how many nodes at a time."""
 
-_LONGEST = 40
-"""Characters of a name in a table."""
+_LONGEST, _NARROWEST = 40, 12
+"""Characters of a name in a table, and of the column that it stands in."""
 
 Document = Mapping[str, Any]
 
@@ -150,7 +150,7 @@ def _engine(document: Document) -> Iterator[str]:
         return
     counted = counts_in_words(inspector["precisions"])
     reformats = inspector["reformats"]
-    yield f"Layers of the engine: {counted}" + (f"; {reformats} only change formats" if reformats else "")
+    yield from wrapped(f"Layers of the engine: {counted}" + f"; {reformats} only change formats" * bool(reformats), "")
     if inspector["islands"]:
         yield from wrapped(f"in INT8 in the graph and not in the engine: {_named(inspector['islands'])}")
     if inspector["unproved"]:
@@ -269,14 +269,19 @@ def _warnings(document: Document) -> Iterator[str]:
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[str]:
-    """Columns as wide as their widest cell; the first to the left, the others to the right."""
+    """Columns as wide as their widest cell; the first to the left, the others to the right.
+
+    Where they are too wide for the page, what the first column says goes on in the lines below.
+    """
     if not rows:
         return
-    columns = list(zip(header, *rows, strict=True))
-    widths = [max(map(len, column)) for column in columns]
+    first, *others = (max(map(len, column)) for column in zip(header, *rows, strict=True))
+    first = min(first, max(WIDTH - 2 - sum(width + 2 for width in others), _NARROWEST))
     for row in [header, *rows]:
-        cells = [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]
+        name, *more = textwrap.wrap(row[0], first, subsequent_indent="  ", break_on_hyphens=False) or [""]
+        cells = [name.ljust(first), *(cell.rjust(width) for cell, width in zip(row[1:], others, strict=True))]
         yield "  " + "  ".join(cells).rstrip()
+        yield from (f"  {line}" for line in more)
 
 
 def wrapped(text: str, indent: str = "  ") -> list[str]:

@@ -2,7 +2,7 @@ import copy
 
 import pytest
 
-from optkit.report.text import WIDTH, render
+from optkit.report.text import WIDTH, render, table
 
 ERROR = {"equal": False, "sqnr_db": 24.31, "cosine": 0.99812, "max_abs": 0.41, "max_rel": 0.02, "nonfinite": 0}
 
@@ -108,3 +108,12 @@ def test_no_line_is_wider_than_the_page():
     document["verdict"]["reasons"] = ["x" * 250]
     document["stages"][0]["name"] = "a_pass_with_a_name_that_is_far_longer_than_any_name_ought_to_be_in_a_table" * 2
     assert max(map(len, render(document).splitlines())) <= WIDTH
+
+
+def test_a_table_that_is_too_wide_goes_on_with_its_names_below():
+    name, cells = "tensorrt digits-int8, 2 at once, with transfers", ["[0.03983, 0.04404]"] * 4
+    shown = list(table(["", "one", "two", "three", "four"], [[name, *cells], ["short", *"1234"]]))
+    assert max(map(len, shown)) <= WIDTH
+    assert shown[1].split("  ")[-4:] == cells
+    assert " ".join([shown[1][:20], *shown[2:-1]]).split() == name.split()
+    assert shown[-1].split() == ["short", *"1234"]

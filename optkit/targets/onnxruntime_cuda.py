@@ -193,7 +193,6 @@ class OnnxRuntimeCudaTarget(Target):
 
     def _provider(self, stream: int) -> Mapping[str, str]:
         return {
-            "device_id": "0",
             "user_compute_stream": str(stream),
             "enable_cuda_graph": str(int(self.cuda_graph)),
             "prefer_nhwc": str(int(self.nhwc)),

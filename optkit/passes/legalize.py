@@ -11,6 +11,7 @@ from optkit.errors import PostconditionError
 from optkit.models import OnnxModel
 from optkit.passes.decompose_gelu import DecomposeGelu
 from optkit.passes.decompose_layer_norm import DecomposeLayerNorm
+from optkit.passes.decompose_mish import DecomposeMish
 from optkit.passes.graph_edit import GraphEdit, drift, infer_types, is_same
 from optkit.passes.leave_clips_to_quantizers import LeaveClipsToQuantizers
 from optkit.passes.lower_opset import LowerOpset
@@ -20,7 +21,7 @@ from optkit.passes.spell_out_zero_points import SpellOutZeroPoints
 from optkit.passes.widen_to_float32 import WidenToFloat32, legal_tolerance_db
 from optkit.targets.base import WEAK_TYPES, Dialect
 
-_DECOMPOSE: tuple[GraphEdit, ...] = (DecomposeLayerNorm(), DecomposeGelu())
+_DECOMPOSE: tuple[GraphEdit, ...] = (DecomposeLayerNorm(), DecomposeGelu(), DecomposeMish())
 _SPELL_OUT: tuple[GraphEdit, ...] = (SpellOutKernels(), SpellOutZeroPoints(), SpellOutShapes())
 _FOR_WEAK_TYPING: tuple[GraphEdit, ...] = (LeaveClipsToQuantizers(),)
 

@@ -32,7 +32,7 @@ class LowerOpset(GraphEdit):
         for node in model.graph:
             if node.domain == "":
                 node.version = None
-                _lower(model, node)
+                _lower(model, node, self.to)
                 problem = _problem(node, self.to)
                 if problem:
                     raise PassError(
@@ -44,16 +44,16 @@ class LowerOpset(GraphEdit):
         return True
 
 
-def _lower(model: ir.Model, node: ir.Node) -> None:
+def _lower(model: ir.Model, node: ir.Node, version: int) -> None:
     for name, default in _NEW_ATTRIBUTES.get(node.op_type, {}).items():
         if name in node.attributes and node.attributes[name].value in default:
             del node.attributes[name]
-    rewrite = _REWRITES.get(node.op_type)
-    if rewrite:
-        rewrite(model, node)
+    last, rewrite = _REWRITES.get(node.op_type, (0, None))
+    if rewrite and version <= last:
+        rewrite(node)
 
 
-def _axes_to_attribute(model: ir.Model, node: ir.Node) -> None:
+def _axes_to_attribute(node: ir.Node) -> None:
     """Up to opset 17 the axes of most reductions are an attribute."""
     import onnx_ir as ir
 
@@ -63,7 +63,7 @@ def _axes_to_attribute(model: ir.Model, node: ir.Node) -> None:
         node.resize_inputs(1)
 
 
-def _sizes_to_input(model: ir.Model, node: ir.Node) -> None:
+def _sizes_to_input(node: ir.Node) -> None:
     """Up to opset 17 a Split into equal parts has no ``num_outputs``: the number of its outputs says it."""
     shape = node.inputs[0].shape if node.inputs[0] is not None else None
     parts = len(node.outputs)
@@ -72,7 +72,16 @@ def _sizes_to_input(model: ir.Model, node: ir.Node) -> None:
         del node.attributes["num_outputs"]
 
 
-_REWRITES: Mapping[str, Callable[[Any, Any], None]] = {
+def _mode_of_images(node: ir.Node) -> None:
+    """Up to opset 19 GridSample's modes have the names that they have for images."""
+    import onnx_ir as ir
+
+    mode = node.attributes.get_string("mode", "linear")
+    node.attributes["mode"] = ir.AttrString("mode", {"linear": "bilinear", "cubic": "bicubic"}.get(mode, mode))
+
+
+# The last version that has it so, and how it is written there
+_REWRITES: Mapping[str, tuple[int, Callable[[Any], None]]] = {
     **dict.fromkeys(
         (
             "ReduceL1",
@@ -85,9 +94,10 @@ _REWRITES: Mapping[str, Callable[[Any, Any], None]] = {
             "ReduceProd",
             "ReduceSumSquare",
         ),
-        _axes_to_attribute,
+        (17, _axes_to_attribute),
     ),
-    "Split": _sizes_to_input,
+    "Split": (17, _sizes_to_input),
+    "GridSample": (19, _mode_of_images),
 }
 
 # Attributes that came after opset 17, and the values at which they say what was meant before

@@ -214,4 +214,4 @@ def _features_of(python: str) -> Mapping[str, bool]:
 def _lacking(features: Mapping[str, bool]) -> frozenset[str]:
     """Ops that have no importer there."""
     lacking = set() if features.get("normalization", True) else {"LayerNormalization"}
-    return frozenset(lacking | (set() if features.get("strong_typing", True) else {"Gelu"}))
+    return frozenset(lacking | (set() if features.get("strong_typing", True) else {"Gelu", "Mish"}))

@@ -16,7 +16,7 @@ from optkit.targets.base import WEAK_TYPES, Dialect
 from optkit.targets.onnxruntime import open_onnx
 
 TENSORRT_8 = Dialect(
-    int8=None, typed=False, builder_opset=17, lacks=frozenset({"LayerNormalization", "Gelu"}), explicit=True
+    int8=None, typed=False, builder_opset=17, lacks=frozenset({"LayerNormalization", "Gelu", "Mish"}), explicit=True
 )
 
 ENCODER = """
@@ -122,6 +122,35 @@ def test_spells_out_which_part_of_a_shape_is_meant(onnx_model, context):
         found = runner.run(feeds)
     assert [found[name].tolist() for name in ("y", "z", "most")] == [[5], [5, 4], [3, 5]]
     assert legalize(legal, replace(TENSORRT_8, typed=True), context) is legal
+
+
+def test_expresses_mish_in_what_opset_17_has(onnx_model, context):
+    model = onnx_model("g (float[N,6] x) => (float[N,6] y) { [mish] y = Mish(x) }")
+    legal = legalize(model, TENSORRT_8, context)
+    assert ops(legal) == ["Softplus", "Tanh", "Mul"]
+    onnx.checker.check_model(ir.to_proto(legal.ir), full_check=True)
+    assert same(model, legal) > 100
+
+
+@pytest.mark.parametrize(("mode", "older"), [("linear", "bilinear"), ("cubic", "bicubic"), ("nearest", "nearest")])
+def test_a_grid_sample_has_its_older_mode(onnx_model, context, mode, older):
+    text = f'g (float[N,2,4,4] x, float[N,3,3,2] at) => (float[N,2,3,3] y) {{ y = GridSample<mode="{mode}">(x, at) }}'
+    model = onnx_model(text)
+    legal = legalize(model, TENSORRT_8, context)
+    (node,) = legal.ir.graph
+    assert node.attributes.get_string("mode") == older
+    assert same(model, legal) > 100
+    newer = LowerOpset(to=20).run(onnx_model(text, opset=21), context)
+    assert [node.attributes.get_string("mode") for node in newer.ir.graph] == [mode]
+
+
+def test_an_opset_between_keeps_what_it_has(onnx_model, context):
+    model = onnx_model(
+        "g (float[N,4,4] x) => (float[N,4] y) <int64[1] axes = {1}> { y = ReduceMean<keepdims=0>(x, axes) }"
+    )
+    lower = LowerOpset(to=18).run(model, context)
+    onnx.checker.check_model(ir.to_proto(lower.ir), full_check=True)
+    assert same(model, lower) > 100
 
 
 def test_names_what_the_older_opset_cannot_express(onnx_model, context):

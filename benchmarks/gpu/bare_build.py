@@ -37,6 +37,7 @@ def main() -> None:
     parser.add_argument("--plan", required=True)
     parser.add_argument("--precisions", default="")
     parser.add_argument("--cache", help="timing cache; read if it is there, written in any case")
+    parser.add_argument("--threads", type=int, default=1, help="that the builder may use; TensorRT's default is 1")
     parser.add_argument("--log", help="where every message goes")
     chosen = parser.parse_args()
     logger: trt.ILogger = Logger() if chosen.log else trt.Logger(trt.Logger.WARNING)
@@ -46,6 +47,7 @@ def main() -> None:
         seconds[what] = time.perf_counter() - BEGUN - sum(seconds.values())
 
     builder = trt.Builder(logger)
+    builder.max_threads = chosen.threads
     took("builder")
     network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.EXPLICIT_BATCH))
     onnx = trt.OnnxParser(network, logger)

@@ -296,14 +296,14 @@ def command(group: typer.Typer, name: str, examples: Sequence[str] = ()) -> Call
     """Add a command to a group. A parameter whose type is a dataclass becomes one option for each of its fields."""
 
     def register(function: Command) -> Command:
-        hints = typing.get_type_hints(function, include_extras=True)
         own: list[inspect.Parameter] = []
         bundles: dict[str, Any] = {}
-        for key, parameter in inspect.signature(function).parameters.items():
-            if dataclasses.is_dataclass(hints[key]):
-                bundles[key] = hints[key]
+        # Not get_type_hints: Python 3.10's wraps what has None as its default, and Typer finds no Argument in that
+        for key, parameter in inspect.signature(function, eval_str=True).parameters.items():
+            if dataclasses.is_dataclass(parameter.annotation):
+                bundles[key] = parameter.annotation
             else:
-                own.append(parameter.replace(kind=parameter.KEYWORD_ONLY, annotation=hints[key]))
+                own.append(parameter.replace(kind=parameter.KEYWORD_ONLY))
 
         parameters = [*own, *(option for kind in bundles.values() for option in _options(kind))]
 

@@ -42,6 +42,9 @@ scale for all channels: a layer that was left in float for its accuracy loses th
 _ISA_KEY = "optkit.isa"
 _LAYOUT_DOMAIN = "com.microsoft.nchwc"
 
+_EXACT_SINCE = (1, 30)
+"""Releases up to 1.29 can abort in the optimizer that exact INT8 needs: all that were tried did for a MatMul."""
+
 _LEVELS = {
     "none": "ORT_DISABLE_ALL",
     "basic": "ORT_ENABLE_BASIC",
@@ -157,7 +160,8 @@ class OnnxRuntimeTarget(Target):
     spinning: bool = True
     """Let idle threads wait for work in a loop: lower latency, more processor time. One thread never spins."""
     exact_int8: bool = False
-    """Keep INT8 exact on x86 processors without VNNI, whose fast kernels saturate; slower there."""
+    """Keep INT8 exact on x86 processors without VNNI, whose fast kernels saturate; slower there. It needs onnxruntime
+    1.30 or later."""
 
     @property
     def dialect(self) -> Dialect:
@@ -170,11 +174,15 @@ class OnnxRuntimeTarget(Target):
         return self.can_run()
 
     def can_run(self) -> Availability:
-        """Whether onnxruntime is installed."""
+        """Whether onnxruntime is installed, and new enough for exact INT8."""
         try:
-            import onnxruntime  # noqa: F401
+            import onnxruntime as ort
         except ImportError as error:
             return Availability(False, f"onnxruntime cannot be imported ({error})", "pip install 'optkit[cpu]'")
+        if self.exact_int8 and tuple(map(int, ort.__version__.split(".")[:2])) < _EXACT_SINCE:
+            since = ".".join(map(str, _EXACT_SINCE))
+            reason = f"onnxruntime {ort.__version__} can end the whole process when it is asked for exact INT8"
+            return Availability(False, reason, f"pip install 'onnxruntime>={since}', or leave out exact_int8")
         return Availability(True)
 
     def build(self, model: OnnxModel, folder: Path, context: Context) -> Engine:
@@ -370,7 +378,9 @@ def _check_boundary(session: Any, engine: Engine) -> None:
 
 
 def _viewed(value: Any) -> np.ndarray[Any, Any]:
-    array: np.ndarray[Any, Any] = np.from_dlpack(value) if value.data_type() == "tensor(float)" else value.numpy()
+    """A float32 tensor as it lies in ONNX Runtime's memory; of old releases (1.23), and of other types, a copy."""
+    viewable = hasattr(value, "__dlpack__") and value.data_type() == "tensor(float)"
+    array: np.ndarray[Any, Any] = np.from_dlpack(value) if viewable else value.numpy()
     return array
 
 

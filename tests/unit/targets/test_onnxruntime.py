@@ -124,6 +124,13 @@ def test_fuses_int8_and_keeps_it_exact_on_request(qdq, tmp_path, context, rng):
         assert np.abs(fast - plain).max() > 0.2
 
 
+def test_refuses_exact_int8_of_a_release_that_aborts(qdq, tmp_path, context, monkeypatch):
+    monkeypatch.setattr("onnxruntime.__version__", "1.29.0")
+    assert OnnxRuntimeTarget().can_run().ok
+    with pytest.raises(UnavailableError, match=r"1.29.0 can end the whole process .*onnxruntime>=1.30"):
+        OnnxRuntimeTarget(exact_int8=True).build(qdq, tmp_path, context)
+
+
 def test_a_layer_left_in_float_between_int8_layers_stays_in_float(onnx_model, tmp_path, context, rng):
     text = QDQ.replace("int8[16,3,3,3] w", "float[16,3,3,3] w").replace("e = DequantizeLinear(w, ws, wz)", "")
     text = text.replace("(d, e)", "(d, w)").replace(", float ws = {0.01}, int8 wz = {0}", "")

@@ -8,18 +8,21 @@ import numpy as np
 
 from optkit.context import Context
 from optkit.passes.graph_edit import GraphEdit, constant, replace, scalar, sweep
-from optkit.quantize.placement.graph import COMMUTES
+from optkit.quantize.placement.graph import MOVES
 
 if TYPE_CHECKING:
     import onnx_ir as ir
 
+_MOVES = MOVES | {"Concat", "MaxPool", "Slice", "Split"}
+
 
 class LeaveClipsToQuantizers(GraphEdit):
-    """``Clip`` goes where all that read it are quantizers that saturate at its bounds; one from zero becomes ``Relu``.
+    """A float32 ``Clip`` goes where all that read it are symmetric quantizers to INT8 that saturate as it does.
 
-    TensorRT 8.5.3 moves a quantizer to before a Clip that no kernel takes in, such as that of a ReLU6 behind a
-    convolution in float, and then clips the INT8 numbers at the bounds of the floats (``benchmarks/gpu/results/
-    efficientnet_lite0-clips-h200.txt``). A Relu is right on either side of the quantizer, and kernels take it in.
+    One from zero becomes ``Relu`` where they repeat its upper bound alone. TensorRT 8.5.3 moves a quantizer to before a
+    Clip that no kernel takes in, such as that of a ReLU6 behind a convolution in float, and then clips the INT8 numbers
+    at the bounds of the floats (``benchmarks/gpu/results/efficientnet_lite0-clips-h200.txt``); Relu gives the same on
+    either side of the quantizer.
     """
 
     use: Literal["leave_clips_to_quantizers"] = "leave_clips_to_quantizers"
@@ -30,13 +33,16 @@ class LeaveClipsToQuantizers(GraphEdit):
         import onnx_ir as ir
 
         changed = False
-        for node in [node for node in model.graph if node.op_type == "Clip" and node.domain == ""]:
+        clips = [node for node in model.graph if node.op_type == "Clip" and node.domain == ""]
+        for node in reversed(clips):  # so that one before another sees what became of that
             source, result = node.inputs[0], node.outputs[0]
-            quantizers = _quantizers(result)
+            scales = _scales(result)
             low, high = _bounds(node)
-            if source is None or not quantizers or not all(_saturates(q, high, above=True) for q in quantizers):
+            if source is None or source.dtype != ir.DataType.FLOAT or not scales or high is None or low is None:
                 continue
-            if all(_saturates(q, low, above=False) for q in quantizers):
+            if any(_number(high, scale) < 127 for scale in scales):
+                continue
+            if all(_number(low, scale) <= -128 for scale in scales):
                 result.replace_all_uses_with(source)
                 model.graph.remove(node, safe=True)
             elif low == 0:
@@ -49,33 +55,48 @@ class LeaveClipsToQuantizers(GraphEdit):
         return changed
 
 
-def _quantizers(value: ir.Value) -> list[ir.Node]:
-    """The QuantizeLinear nodes that read a tensor, seen behind what moves it; none if anything else reads it."""
-    found: list[ir.Node] = []
-    for use in value.uses():
-        if use.node.op_type == "QuantizeLinear" and use.idx == 0:
-            found.append(use.node)
-            continue
-        behind = [_quantizers(moved) for moved in use.node.outputs] if use.node.op_type in COMMUTES else [[]]
-        if not all(behind):
+def _scales(value: ir.Value) -> list[float]:
+    """The scales of the INT8 quantizers that read a tensor, seen behind what moves it; none if anything else does."""
+    found: list[float] = []
+    ahead, seen = [value], {value}
+    while ahead:
+        tensor = ahead.pop()
+        if tensor.is_graph_output():
             return []
-        found += [node for nodes in behind for node in nodes]
-    return [] if value.is_graph_output() else found
+        for use in tensor.uses():
+            if use.node.op_type == "QuantizeLinear" and use.idx == 0:
+                scale = _scale(use.node)
+                if not scale:
+                    return []
+                found.append(scale)
+            elif _moves(use.node, use.idx):
+                ahead += [output for output in use.node.outputs if output not in seen]
+                seen.update(use.node.outputs)
+            else:
+                return []
+    return found
+
+
+def _scale(quantizer: ir.Node) -> float | None:
+    """The scale of a quantizer to INT8 with zero point 0, or None."""
+    zero = constant(quantizer.inputs[2]) if len(quantizer.inputs) > 2 else None
+    return scalar(quantizer.inputs[1]) if zero is not None and zero.dtype == np.int8 and not zero.any() else None
+
+
+def _moves(node: ir.Node, position: int) -> bool:
+    """Whether a node only moves what it reads there."""
+    indices = node.op_type == "MaxPool" and any(output.uses() for output in node.outputs[1:])
+    return node.op_type in _MOVES and (position == 0 or node.op_type == "Concat") and not indices
 
 
 def _bounds(clip: ir.Node) -> tuple[float | None, float | None]:
     """What it clips at; infinite where it does not, None where that is not known."""
+    if clip.attributes:  # before opset 11
+        return None, None
     low, high = (clip.inputs[i] if len(clip.inputs) > i else None for i in (1, 2))
     return (-np.inf if low is None else scalar(low), np.inf if high is None else scalar(high))
 
 
-def _saturates(quantizer: ir.Node, bound: float | None, *, above: bool) -> bool:
-    """Whether everything past a bound is quantized to the same number as the bound itself."""
-    scale = scalar(quantizer.inputs[1])
-    zero = quantizer.inputs[2] if len(quantizer.inputs) > 2 else None
-    offset = np.zeros((), np.uint8) if zero is None else constant(zero)  # ONNX: UINT8 where there is no zero point
-    if bound is None or not scale or offset is None or offset.size != 1:
-        return False
-    limits = np.iinfo(offset.dtype)
-    number = np.rint(np.float32(bound) / np.float32(scale)) + float(offset.reshape(()))
-    return bool(number >= limits.max if above else number <= limits.min)
+def _number(bound: float, scale: float) -> float:
+    """What a float32 bound is quantized to, before that saturates."""
+    return float(np.rint(np.float32(bound) / np.float32(scale)))

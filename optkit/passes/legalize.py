@@ -23,7 +23,6 @@ from optkit.targets.base import WEAK_TYPES, Dialect
 
 _DECOMPOSE: tuple[GraphEdit, ...] = (DecomposeLayerNorm(), DecomposeGelu(), DecomposeMish())
 _SPELL_OUT: tuple[GraphEdit, ...] = (SpellOutKernels(), SpellOutZeroPoints(), SpellOutShapes())
-_FOR_WEAK_TYPING: tuple[GraphEdit, ...] = (LeaveClipsToQuantizers(),)
 
 
 def legalize(model: OnnxModel, dialect: Dialect, context: Context) -> OnnxModel:
@@ -55,13 +54,12 @@ def express(model: OnnxModel, dialect: Dialect, context: Context) -> Legal:
         PassError: a node cannot be expressed; the message names it.
     """
     steps: list[GraphEdit] = [step for step in _DECOMPOSE if step.touches & dialect.lacks]
-    steps += _SPELL_OUT if dialect.explicit else ()
-    steps += () if dialect.typed else _FOR_WEAK_TYPING
-    after, done = _edited(model, steps, context)
+    after, done = _edited(model, [*steps, *_SPELL_OUT] if dialect.explicit else steps, context)
     if not dialect.typed:
         widened = WidenToFloat32().run(after, context)
         done += [WidenToFloat32().use] * bool({"FP16", "BF16"} & set(widened.records[WEAK_TYPES]["precisions"]))
-        after = widened
+        after, left = _edited(widened, [LeaveClipsToQuantizers()], context)
+        done += left
     if dialect.builder_opset is not None:
         after, lowered = _edited(after, [LowerOpset(to=dialect.builder_opset)], context)
         done += lowered

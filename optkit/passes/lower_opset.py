@@ -9,7 +9,7 @@ from pydantic import Field
 
 from optkit.context import Context
 from optkit.errors import PassError
-from optkit.passes.graph_edit import GraphEdit, constant, opset
+from optkit.passes.graph_edit import GraphEdit, constant, opset, rank
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -32,7 +32,7 @@ class LowerOpset(GraphEdit):
         for node in model.graph:
             if node.domain == "":
                 node.version = None
-                _lower(model, node, self.to)
+                _lower(node, self.to)
                 problem = _problem(node, self.to)
                 if problem:
                     raise PassError(
@@ -44,7 +44,7 @@ class LowerOpset(GraphEdit):
         return True
 
 
-def _lower(model: ir.Model, node: ir.Node, version: int) -> None:
+def _lower(node: ir.Node, version: int) -> None:
     for name, default in _NEW_ATTRIBUTES.get(node.op_type, {}).items():
         if name in node.attributes and node.attributes[name].value in default:
             del node.attributes[name]
@@ -124,4 +124,6 @@ def _problem(node: ir.Node, version: int) -> str:
         return f"has no attribute {unknown[0]!r}"
     if len(node.inputs) > schema.max_input:
         return f"takes only {schema.max_input} inputs"
+    if node.op_type == "GridSample" and version < 20 and rank(node.inputs[0]) not in (None, 4):
+        return "takes only images"
     return ""

@@ -16,8 +16,11 @@ _REGIONS, _PARTS = 12, 8
 _REASONS, _NAMES = 8, 6
 """For how many reasons nodes kept in float32 are named, and how many nodes at a time."""
 
-_LONGEST, _NARROWEST = 40, 12
-"""Characters of a name in a table, and of the column that it stands in."""
+_LONGEST = 40
+"""Characters of a name in a table."""
+
+_NARROWEST = 12
+"""Characters of the first column of a table that is too wide for the page."""
 
 Document = Mapping[str, Any]
 
@@ -150,7 +153,8 @@ def _engine(document: Document) -> Iterator[str]:
         return
     counted = counts_in_words(inspector["precisions"])
     reformats = inspector["reformats"]
-    yield from wrapped(f"Layers of the engine: {counted}" + f"; {reformats} only change formats" * bool(reformats), "")
+    moved = f"; {reformats} only change formats" if reformats else ""
+    yield from wrapped(f"Layers of the engine: {counted}{moved}", "")
     if inspector["islands"]:
         yield from wrapped(f"in INT8 in the graph and not in the engine: {_named(inspector['islands'])}")
     if inspector["unproved"]:
@@ -278,7 +282,7 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[str]
     first, *others = (max(map(len, column)) for column in zip(header, *rows, strict=True))
     first = min(first, max(WIDTH - 2 - sum(width + 2 for width in others), _NARROWEST))
     for row in [header, *rows]:
-        name, *more = textwrap.wrap(row[0], first, subsequent_indent="  ", break_on_hyphens=False) or [""]
+        name, *more = textwrap.wrap(row[0], max(first, 1), subsequent_indent="  ", break_on_hyphens=False) or [""]
         cells = [name.ljust(first), *(cell.rjust(width) for cell, width in zip(row[1:], others, strict=True))]
         yield "  " + "  ".join(cells).rstrip()
         yield from (f"  {line}" for line in more)

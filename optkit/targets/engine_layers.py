@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from optkit.errors import BuildError
 from optkit.models import OnnxModel
+from optkit.targets.base import WEAK_TYPES
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -41,6 +42,9 @@ _PRODUCT = re.compile(r"conv|gemm|mat(rix)?_?mul|fully", re.I)
 
 _REFORMAT = re.compile(r"reformat", re.I)
 
+_COPY, _CLONE = "Reformatting CopyNode", re.compile(r"_clone_\d+$")
+"""How TensorRT names a copy that it adds beside a layer, and a node that it has in several places."""
+
 _KERNEL = re.compile(r"_(i8|bf16|f16|tf32|f32)(?:i8|bf16|f16|f32)_")
 """What names of kernels begin their types with: what they read and what they write. Of layers with dynamic shapes
 TensorRT 8.5.3 tells no formats, but the kernel (on an H200)."""
@@ -51,6 +55,9 @@ _WHOLE_NUMBERS = frozenset({"INT32", "INT64", "BOOL"})
 """What indices and masks come in, beside what a layer computes."""
 
 _NOT_TOLD = "not told"
+
+_WHOLE = "Myelin"
+"""The kind of a layer that is a graph of its own, of which TensorRT 8 tells the border only."""
 
 _WIDTHS = {"FP32": 32, "FP16": 16, "BF16": 16, "INT8": 8, "FP8": 8}
 
@@ -96,16 +103,10 @@ class Layer:
         return not (self.reformats or self.kind == "Constant")
 
 
-def read_layers(information: Mapping[str, Any], model: OnnxModel, asked: Sequence[str] = ("INT8",)) -> list[Layer]:
-    """The layers of an engine that was built from ``model``; none if the engine keeps them to itself.
-
-    Args:
-        information: what the inspector told.
-        model: what the engine was built from.
-        asked: the precisions that the engine may have beside float32.
-    """
+def read_layers(information: Mapping[str, Any], model: OnnxModel) -> list[Layer]:
+    """The layers of an engine that was built from ``model``; none if the engine keeps them to itself."""
     ops = {str(node.name): node.op_type for node in model.ir.graph if node.name}
-    narrowest = min((_WIDTHS[name] for name in asked), default=32)
+    narrowest = min((_WIDTHS[name] for name in precisions_of(model)), default=32)
     return [_layer(told, ops, narrowest) for told in information.get("Layers", ()) if isinstance(told, Mapping)]
 
 
@@ -122,7 +123,7 @@ def _layer(told: Mapping[str, Any], ops: Mapping[str, str], narrowest: int) -> L
         precision = _precision((weights.get("Type", "") if isinstance(weights, Mapping) else "", *inputs, *outputs))
     nodes = _nodes_in(f"{name} {told.get('Metadata', '')}", ops)
     computes = _PRODUCT.search(kind) or kernel is not None
-    tells = kernel is not None or not (kind == "Myelin" or any("dynamic shapes" in text for text in inputs))
+    tells = kernel is not None or not (kind == _WHOLE or any("dynamic shapes" in text for text in inputs))
     return Layer(
         name,
         kind,
@@ -151,8 +152,12 @@ def _precision(texts: Iterable[str]) -> str:
 
 
 def _nodes_in(text: str, names: Iterable[str]) -> tuple[str, ...]:
-    """The nodes whose names stand in a text whole: no letter, digit, dot or slash goes on beside them."""
+    """The nodes whose names stand in a text whole: no letter, digit, dot or slash goes on beside them.
+
+    A node that TensorRT moves across a branching is in each of the branches as ``NAME_clone_0`` and so on.
+    """
     tokens = set(re.split(r"\s\+\s|[\s\[\]{}(),;|]|\.\.\.|\x1f|\x1e", text))
+    tokens |= {_CLONE.sub("", token) for token in tokens}
     return tuple(name for name in names if name in tokens)
 
 
@@ -202,8 +207,9 @@ def _islands(layers: Sequence[Layer], model: OnnxModel) -> list[str]:
 
 
 def _telling(layers: Iterable[Layer]) -> list[Layer]:
-    """The layers that compute and tell in which precision."""
-    return [layer for layer in layers if layer.computes and layer.precision and not layer.hides]
+    """The layers that compute and tell in which precision, for all of their nodes."""
+    told = [layer for layer in layers if layer.computes and layer.precision and not layer.hides]
+    return [layer for layer in told if layer.kind != _WHOLE]
 
 
 def _int8_nodes(model: OnnxModel) -> list[str]:
@@ -229,16 +235,19 @@ def lowered(layers: Sequence[Layer], exact: Iterable[str]) -> list[str]:
 
 def clipped_numbers(layers: Sequence[Layer], model: OnnxModel) -> list[str]:
     """Clips that come after a quantizer behind them: TensorRT 8.5.3 clips INT8 numbers at the bounds of floats then."""
-    at = {node: position for position, layer in enumerate(layers) for node in layer.nodes}
+    at: dict[str, int] = {}
+    for position, layer in enumerate(layers):
+        for node in layer.nodes if not layer.name.startswith(_COPY) else ():
+            at.setdefault(node, position)
     clips = {str(node.name): node for node in model.ir.graph if node.op_type == "Clip"}
     return [
         name
         for name, clip in clips.items()
-        if any(at.get(quantizer, len(layers)) < at.get(name, 0) for quantizer in _quantizers(clip))
+        if any(at.get(quantizer, len(layers)) < at.get(name, 0) for quantizer in _next_quantizers(clip))
     ]
 
 
-def _quantizers(node: ir.Node) -> set[str]:
+def _next_quantizers(node: ir.Node) -> set[str]:
     """The nearest QuantizeLinear nodes on every way from a node on."""
     found, seen, ahead = set(), {node}, [node]
     while ahead:
@@ -296,7 +305,9 @@ def prove(layers: Sequence[Layer], model: OnnxModel, asked: Sequence[str]) -> li
 
 
 def precisions_of(model: OnnxModel) -> list[str]:
-    """The precisions beside float32 that a typed graph computes in."""
+    """The precisions beside float32 that an engine of a model may compute in, by its record or by its types."""
+    if WEAK_TYPES in model.records:
+        return list(model.records[WEAK_TYPES]["precisions"])
     nodes = [node for node in model.ir.graph if node.op_type != "Cast"]
     kinds = {str(value.dtype.numpy()) for node in nodes for value in node.outputs if value.dtype is not None}
     quantized = any(node.op_type == "QuantizeLinear" for node in nodes)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import logging
+from collections.abc import Iterator
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
@@ -51,7 +53,7 @@ class TorchCudaRunner:
         self.environment = Environment(
             device,
             f"torch {torch.__version__}",
-            {**settings, "tf32": tf32, "cuda_graph": self._graphs, "transfers": False},
+            {**settings, "tf32": tf32, "cudnn_benchmark": True, "cuda_graph": self._graphs, "transfers": False},
         )
 
     def run(self, feeds: Feeds) -> dict[str, np.ndarray[Any, Any]]:
@@ -59,7 +61,7 @@ class TorchCudaRunner:
         import torch
 
         check_feeds(self.signature, feeds)
-        with torch.inference_mode():
+        with torch.inference_mode(), self._settings():
             outputs = self._call(self._inputs(feeds))
         return {name: to_numpy(output.float().cpu()) for name, output in zip(self._names(), outputs, strict=True)}
 
@@ -70,7 +72,7 @@ class TorchCudaRunner:
         check_feeds(self.signature, feeds)
         timed: Any = torch.cuda.Event
         events = [(timed(enable_timing=True), timed(enable_timing=True)) for _ in range(rounds)]
-        with torch.inference_mode():
+        with torch.inference_mode(), self._settings():
             self._lay_out(feeds)
             for i, (start, stop) in enumerate(events):
                 inputs, graph, _ = self._lanes[i % len(self._lanes)]
@@ -83,6 +85,19 @@ class TorchCudaRunner:
             torch.cuda.synchronize()
         self.environment.settings.update(rotated_buffers=len(self._lanes), clocks_mhz=cuda.clocks())
         return np.array([1e-3 * start.elapsed_time(stop) for start, stop in events])
+
+    @contextlib.contextmanager
+    def _settings(self) -> Iterator[None]:
+        """PyTorch's for a while: shapes stay the same, so that a search for the fastest convolutions pays."""
+        import torch
+
+        before = torch.backends.cudnn.benchmark
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = self._tf32
+        torch.backends.cudnn.benchmark = True
+        try:
+            yield
+        finally:
+            torch.backends.cudnn.benchmark = before
 
     def _names(self) -> list[str]:
         return [spec.name for spec in self.signature.outputs]
@@ -99,8 +114,6 @@ class TorchCudaRunner:
         import torch
         from torch.utils import _pytree
 
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = self._tf32
-        torch.backends.cudnn.benchmark = True  # shapes stay the same, so a search pays
         given = self._module(*(x.half() if self._half and x.is_floating_point() else x for x in inputs))
         return [leaf for leaf in _pytree.tree_leaves(given) if isinstance(leaf, torch.Tensor)]
 

@@ -121,9 +121,8 @@ class TensorRtTarget(Target):
             "inspect": True,
         }
         told = tensorrt_plan.build(model, folder, options, self._limits, context.progress)
-        asked = weak.get("precisions") or engine_layers.precisions_of(model)
-        layers = engine_layers.read_layers(told.pop("information"), model, asked)
-        unproved = engine_layers.prove(layers, model, asked)
+        layers = engine_layers.read_layers(told.pop("information"), model)
+        unproved = engine_layers.prove(layers, model, engine_layers.precisions_of(model))
         lowered = engine_layers.lowered(layers, weak.get("float32", ()))
         if lowered:
             log.warning("float32 in the graph, and TensorRT has no kernel for it but in FP16: %s", ", ".join(lowered))

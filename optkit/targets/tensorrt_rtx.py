@@ -123,7 +123,6 @@ class TensorRtRtxTarget(Target):
         told = tensorrt_plan.inspect(plan, MODULE, self._limits)
         if "not_inspected" in told:
             return told
-        asked = engine_layers.precisions_of(model)
-        layers = engine_layers.read_layers(told, model, asked)
-        unproved = engine_layers.unproved(layers, model, asked)
+        layers = engine_layers.read_layers(told, model)
+        unproved = engine_layers.unproved(layers, model, engine_layers.precisions_of(model))
         return {**engine_layers.summary(layers, model), "unproved": unproved}

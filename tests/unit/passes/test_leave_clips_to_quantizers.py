@@ -1,8 +1,11 @@
 from __future__ import annotations
 
 import numpy as np
+import onnx
+import onnx_ir as ir
 import pytest
 
+from optkit.models import OnnxModel
 from optkit.passes.leave_clips_to_quantizers import LeaveClipsToQuantizers
 from optkit.targets.onnxruntime import open_onnx
 
@@ -10,21 +13,99 @@ SCALE = 0.047
 STEPS = np.arange(-1.5, 1.75, 0.25)
 """How far a bound is from the last number that the quantizer has, in numbers."""
 
+CLIPPED = """
+g ({x} x) => (float[M] y, float[K] z)
+  <float s = {{0.04724}}, {kind} o = {{{zero}}}, float l = {{{low}}}, float h = {{{high}}}, int64[1] start = {{1}},
+   int64[1] end = {{9}}, int64 seven = {{7}}, int64 none = {{0}}, int64[1] axis = {{0}}> {{
+    a = Clip(x, l, h) {between} q = QuantizeLinear(b, s, o) y = DequantizeLinear(q, s, o) z = Abs({other}) }}
+"""
 
-@pytest.mark.parametrize(("kind", "zero"), [("int8", 0), ("int8", -128), ("int8", 5), ("uint8", 0), ("uint8", 3)])
-def test_no_number_changes_whatever_the_bounds(onnx_model, context, kind, zero):
-    least, most = np.iinfo(kind).min - zero, np.iinfo(kind).max - zero
-    feeds = {"x": np.linspace(SCALE * (least - 9), SCALE * (most + 9), 9999, dtype=np.float32)}
+
+def clips(model: OnnxModel) -> list[str]:
+    return [node.op_type for node in model.ir.graph if node.op_type in ("Clip", "Relu")]
+
+
+def run(model: OnnxModel, feeds: dict[str, np.ndarray]) -> list[np.ndarray]:
+    with open_onnx(model, optimize=False) as runner:
+        return list(runner.run(feeds).values())
+
+
+def test_no_number_changes_whatever_the_bounds(onnx_model, context):
+    feeds = {"x": np.linspace(SCALE * -140, SCALE * 140, 9999, dtype=np.float32)}
     seen = set()
-    for low, high in [(0, most + step) for step in STEPS] + [(least + step, most + 1) for step in STEPS]:
+    for low, high in [(0, 127 + step) for step in STEPS] + [(-128 + step, 128) for step in STEPS]:
         model = onnx_model(
             f"""g (float[9999] x) => (float[9999] y)
-            <float s = {{{SCALE}}}, {kind} z = {{{zero}}},
-              float l = {{{SCALE * low:.9g}}}, float h = {{{SCALE * high:.9g}}}> {{
+              <float s = {{{SCALE}}}, int8 z = {{0}},
+               float l = {{{SCALE * low:.9g}}}, float h = {{{SCALE * high:.9g}}}> {{
                 a = Clip(x, l, h) q = QuantizeLinear(a, s, z) y = DequantizeLinear(q, s, z) }}"""
         )
+        before = onnx.printer.to_text(ir.to_proto(model.ir))
         edited = LeaveClipsToQuantizers().run(model, context)
         seen.add(next(iter(edited.ir.graph)).op_type)
-        wanted, found = (open_onnx(m, optimize=False).run(feeds)["y"] for m in (model, edited))
+        np.testing.assert_array_equal(run(edited, feeds), run(model, feeds))
+        assert onnx.printer.to_text(ir.to_proto(model.ir)) == before
+        assert LeaveClipsToQuantizers().run(edited, context) is edited
+    assert seen == {"Clip", "Relu", "QuantizeLinear"}
+
+
+@pytest.mark.parametrize(
+    ("change", "becomes"),
+    [
+        ({}, ["Relu"]),
+        ({"low": -7}, []),
+        ({"between": "c = Clip(a, l, h) b = Identity(c)"}, ["Clip", "Clip"]),  # an Identity is in the way
+        ({"between": "b = Clip(a, l, h)", "low": -7}, []),
+        ({"between": "b = Concat<axis=0>(a, a)"}, ["Relu"]),
+        ({"between": "b = Slice(a, start, end)"}, ["Relu"]),
+        ({"between": "c = Unsqueeze(a, start) d, e = Split<axis=0, num_outputs=2>(c) b = Squeeze(d, start)"}, ["Relu"]),
+        ({"between": "b = Abs(a)"}, ["Clip"]),
+        ({"between": "b = Identity(a)", "other": "a"}, ["Clip"]),
+        ({"kind": "uint8"}, ["Clip"]),
+        ({"zero": 5}, ["Clip"]),
+        ({"x": "float16[16]", "between": "b = Cast<to=1>(a)"}, ["Clip"]),
+    ],
+)
+def test_rewrites_only_what_is_quantized_alone(onnx_model, context, change, becomes):
+    given = {"x": "float[16]", "kind": "int8", "zero": 0, "low": 0, "high": 6, "between": "", "other": "x", **change}
+    if not given["between"]:
+        given["between"] = "b = Squeeze(c, start) c = Unsqueeze(a, start)"
+    text = CLIPPED.format(**given)
+    if "float16" in given["x"]:
+        text = text.replace("float l", "float16 l").replace("float h", "float16 h").replace("float[K]", "float16[K]")
+    text = text.replace(
+        "b = Squeeze(c, start) c = Unsqueeze(a, start)", "c = Unsqueeze(a, start) b = Squeeze(c, start)"
+    )
+    model = onnx_model(text)
+    edited = LeaveClipsToQuantizers().run(model, context)
+    assert clips(edited) == becomes
+    onnx.checker.check_model(ir.to_proto(edited.ir), full_check=True)
+    kind = np.float16 if "float16" in given["x"] else np.float32
+    feeds = {"x": np.linspace(-9, 9, 16).astype(kind)}
+    for found, wanted in zip(run(edited, feeds), run(model, feeds), strict=True):
         np.testing.assert_array_equal(found, wanted)
-    assert seen >= {"Clip", "QuantizeLinear"} and ("Relu" in seen) == (least < 0)
+
+
+def test_leaves_alone_a_clip_that_says_where_to_slice(onnx_model, context):
+    model = onnx_model("""g (float[1,L] x) => (float[1,M] y) <float s = {0.04724}, int8 z = {0}, int64[1] start = {0},
+      int64[1] axis = {1}, int64 most = {8}> {
+        n = Shape<start=1, end=2>(x) end = Clip(n, , most) b = Slice(x, start, end, axis)
+        q = QuantizeLinear(b, s, z) y = DequantizeLinear(q, s, z) }""")
+    assert LeaveClipsToQuantizers().run(model, context) is model
+
+
+def test_leaves_alone_where_the_largest_is(onnx_model, context):
+    model = onnx_model("""g (float[1,1,8] x) => (float[1,1,4] y, float[1,1,4] w) <float s = {0.04724}, int8 z = {0},
+      float l = {-7}, float h = {7}> {
+        a = Clip(x, l, h) m, i = MaxPool<kernel_shape=[2], strides=[2]>(a) q = QuantizeLinear(m, s, z)
+        y = DequantizeLinear(q, s, z) w = Cast<to=1>(i) }""")
+    assert LeaveClipsToQuantizers().run(model, context) is model
+
+
+def test_takes_no_longer_for_many_branches(onnx_model, context):
+    doubled = " ".join(f"a{i + 1} = Concat<axis=0>(a{i}, a{i})" for i in range(18))
+    model = onnx_model(
+        f"""g (float[1] x) => (float[N] y) <float s = {{0.04724}}, int8 z = {{0}}, float l = {{0}}, float h = {{6}}> {{
+        a0 = Clip(x, l, h) {doubled} q = QuantizeLinear(a18, s, z) y = DequantizeLinear(q, s, z) }}"""
+    )
+    assert clips(LeaveClipsToQuantizers().run(model, context)) == ["Relu"]

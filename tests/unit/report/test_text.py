@@ -117,3 +117,4 @@ def test_a_table_that_is_too_wide_goes_on_with_its_names_below():
     assert shown[1].split("  ")[-4:] == cells
     assert " ".join([shown[1][:20], *shown[2:-1]]).split() == name.split()
     assert shown[-1].split() == ["short", *"1234"]
+    assert list(table(["", "a"], [["", "1"]])) == ["    a", "    1"]

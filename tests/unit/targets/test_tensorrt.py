@@ -6,6 +6,7 @@ from pydantic import ValidationError
 from optkit.errors import BuildError, UsageError
 from optkit.models import DimRange, Signature, TensorSpec
 from optkit.targets import engine_layers
+from optkit.targets.base import WEAK_TYPES
 from optkit.targets.onnxruntime_cuda import OnnxRuntimeCudaTarget
 from optkit.targets.tensorrt import TensorRtTarget
 from optkit.targets.tensorrt_plan import profiles
@@ -96,8 +97,9 @@ def test_hides_nothing_where_the_engine_may_have_nothing_narrower(onnx_model):
     told = {**LAYER_8, "Inputs": unknown, "Outputs": unknown, "Weights": {"Type": "Half"}}
     model = onnx_model(QDQ)
     for asked, counted in ((["FP16"], {"FP16": 1}), (["FP16", "INT8"], {"FP16 or narrower": 1})):
-        layers = engine_layers.read_layers({"Layers": [told]}, model, asked)
-        assert engine_layers.summary(layers, model)["precisions"] == counted
+        built = model.with_record(WEAK_TYPES, {"precisions": asked, "float32": []})
+        layers = engine_layers.read_layers({"Layers": [told]}, built)
+        assert engine_layers.summary(layers, built)["precisions"] == counted
 
 
 def test_a_layer_that_hides_its_precision_proves_nothing_and_disproves_nothing(onnx_model, caplog):
@@ -152,8 +154,14 @@ def test_tells_what_computes_in_fp16_although_the_graph_has_it_in_float32(onnx_m
     half = [{"Name": "x", "Format/Datatype": "Row major linear FP16 format"}]
     moved = {"Name": "Reformatting CopyNode for Input Tensor 0 to relu", "LayerType": "Reformat", "Inputs": half}
     hidden = {"Name": "{ForeignNode[a...relu]}", "LayerType": "Myelin", "Inputs": half, "Outputs": half}
-    other = engine_layers.read_layers({"Layers": [LAYER_8, moved, hidden]}, onnx_model(QDQ))
-    assert engine_layers.lowered(other, ["relu"]) == []
+    for asked in (["FP16", "INT8"], ["FP16"]):
+        built = onnx_model(QDQ).with_record(WEAK_TYPES, {"precisions": asked, "float32": ["relu"]})
+        other = engine_layers.read_layers({"Layers": [LAYER_8, moved, hidden]}, built)
+        assert engine_layers.lowered(other, ["relu"]) == []
+
+
+def copy_of(name: str) -> dict[str, str]:
+    return {"Name": f"Reformatting CopyNode for Output Tensor 0 to {name}", "LayerType": "Reformat"}
 
 
 def test_finds_what_is_clipped_after_it_was_quantized(onnx_model):
@@ -171,6 +179,9 @@ def test_finds_what_is_clipped_after_it_was_quantized(onnx_model):
         ([with_conv, quantize, rest], []),
         ([{"Name": "conv + PWN(clip) + quantize"}, rest], []),
         ([{"Name": "conv"}, alone, rest], []),
+        ([{"Name": "conv"}, {**quantize, "Name": "quantize_clone_0"}, alone, rest], ["clip"]),
+        ([{"Name": "conv"}, quantize, alone, copy_of("quantize"), rest], ["clip"]),
+        ([with_conv, quantize, copy_of("conv + PWN(clip)"), rest], []),
     ):
         layers = engine_layers.read_layers({"Layers": told}, model)
         assert engine_layers.clipped_numbers(layers, model) == found

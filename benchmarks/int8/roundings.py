@@ -44,10 +44,9 @@ def main() -> None:
     chosen = parser.parse_args()
     for path in chosen.bundles:
         bundle = optkit.load(path)
-        recipe = bundle.recipe
         model = OnnxModel(ir.load(path / "model.onnx"), bundle.signature)
-        data = open_data(recipe.data)
-        batches = [batch.feeds for batch in data.batches("validation", 8, chosen.samples)]
+        samples = open_data(bundle.recipe.data).batches("validation", 8, chosen.samples)
+        batches = [batch.feeds for batch in samples]
         wide = WidenToFloat32().run(model, Context(OnnxRuntimeTarget(), path, threads=chosen.threads))
         wanted = outputs(wide, batches, chosen.threads, optimize=False)
         for way, other, optimize in (

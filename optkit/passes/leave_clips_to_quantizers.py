@@ -8,12 +8,12 @@ import numpy as np
 
 from optkit.context import Context
 from optkit.passes.graph_edit import GraphEdit, constant, replace, scalar, sweep
-from optkit.quantize.placement.graph import MOVES
+from optkit.quantize.placement.graph import COMMUTES
 
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-_MOVES = MOVES | {"Concat", "MaxPool", "Slice", "Split"}
+_MOVES = COMMUTES - {"Cast"}  # one to integers would wrap what saturates
 
 
 class LeaveClipsToQuantizers(GraphEdit):

@@ -17,7 +17,7 @@ _GATES = ({"Sigmoid", "Mul"}, {"HardSigmoid", "Mul"})
 MOVES = frozenset({"Flatten", "Reshape", "Squeeze", "Transpose", "Unsqueeze"})
 """Ops that move values and change none."""
 
-_COMMUTES = MOVES | {"Cast", "Concat", "MaxPool", "Slice", "Split"}
+COMMUTES = MOVES | {"Cast", "Concat", "MaxPool", "Slice", "Split"}
 """Ops that TensorRT moves a quantization across."""
 
 
@@ -86,7 +86,7 @@ def all_readers(value: ir.Value, wanted: Callable[[ir.Node, int], bool]) -> bool
             use.node.graph is graph
             and (
                 wanted(use.node, use.idx)
-                or (use.node.op_type in _COMMUTES and all(all_readers(moved, wanted) for moved in use.node.outputs))
+                or (use.node.op_type in COMMUTES and all(all_readers(moved, wanted) for moved in use.node.outputs))
             )
             for use in uses
         )

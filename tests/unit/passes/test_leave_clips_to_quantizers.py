@@ -14,11 +14,13 @@ STEPS = np.arange(-1.5, 1.75, 0.25)
 """How far a bound is from the last number that the quantizer has, in numbers."""
 
 CLIPPED = """
-g ({x} x) => (float[M] y, float[K] z)
-  <float s = {{0.04724}}, {kind} o = {{{zero}}}, float l = {{{low}}}, float h = {{{high}}}, int64[1] start = {{1}},
-   int64[1] end = {{9}}, int64 seven = {{7}}, int64 none = {{0}}, int64[1] axis = {{0}}> {{
+g ({float}[16] x) => (float[M] y, {float}[K] z)
+  <float s = {{0.04724}}, {kind} o = {{{zero}}}, {float} l = {{{low}}}, {float} h = {{{high}}}, int64[1] start = {{1}},
+   int64[1] end = {{9}}> {{
     a = Clip(x, l, h) {between} q = QuantizeLinear(b, s, o) y = DequantizeLinear(q, s, o) z = Abs({other}) }}
 """
+
+MOVED = "c = Unsqueeze(a, start) b = Squeeze(c, start)"
 
 
 def clips(model: OnnxModel) -> list[str]:
@@ -63,25 +65,16 @@ def test_no_number_changes_whatever_the_bounds(onnx_model, context):
         ({"between": "b = Identity(a)", "other": "a"}, ["Clip"]),
         ({"kind": "uint8"}, ["Clip"]),
         ({"zero": 5}, ["Clip"]),
-        ({"x": "float16[16]", "between": "b = Cast<to=1>(a)"}, ["Clip"]),
+        ({"float": "float16", "between": "b = Cast<to=1>(a)"}, ["Clip"]),
     ],
 )
 def test_rewrites_only_what_is_quantized_alone(onnx_model, context, change, becomes):
-    given = {"x": "float[16]", "kind": "int8", "zero": 0, "low": 0, "high": 6, "between": "", "other": "x", **change}
-    if not given["between"]:
-        given["between"] = "b = Squeeze(c, start) c = Unsqueeze(a, start)"
-    text = CLIPPED.format(**given)
-    if "float16" in given["x"]:
-        text = text.replace("float l", "float16 l").replace("float h", "float16 h").replace("float[K]", "float16[K]")
-    text = text.replace(
-        "b = Squeeze(c, start) c = Unsqueeze(a, start)", "c = Unsqueeze(a, start) b = Squeeze(c, start)"
-    )
-    model = onnx_model(text)
+    given = {"float": "float", "kind": "int8", "zero": 0, "low": 0, "high": 6, "between": MOVED, "other": "x", **change}
+    model = onnx_model(CLIPPED.format(**given))
     edited = LeaveClipsToQuantizers().run(model, context)
     assert clips(edited) == becomes
     onnx.checker.check_model(ir.to_proto(edited.ir), full_check=True)
-    kind = np.float16 if "float16" in given["x"] else np.float32
-    feeds = {"x": np.linspace(-9, 9, 16).astype(kind)}
+    feeds = {"x": np.linspace(-9, 9, 16).astype("float16" if given["float"] == "float16" else "float32")}
     for found, wanted in zip(run(edited, feeds), run(model, feeds), strict=True):
         np.testing.assert_array_equal(found, wanted)
 

@@ -13,16 +13,17 @@ from optkit.passes.decompose_gelu import DecomposeGelu
 from optkit.passes.decompose_layer_norm import DecomposeLayerNorm
 from optkit.passes.decompose_mish import DecomposeMish
 from optkit.passes.graph_edit import GraphEdit, drift, infer_types, is_same
-from optkit.passes.leave_clips_to_quantizers import LeaveClipsToQuantizers
 from optkit.passes.lower_opset import LowerOpset
+from optkit.passes.spell_out_clips import SpellOutClips
 from optkit.passes.spell_out_kernels import SpellOutKernels
+from optkit.passes.spell_out_names import SpellOutNames
 from optkit.passes.spell_out_shapes import SpellOutShapes
 from optkit.passes.spell_out_zero_points import SpellOutZeroPoints
 from optkit.passes.widen_to_float32 import WidenToFloat32, legal_tolerance_db
 from optkit.targets.base import WEAK_TYPES, Dialect
 
 _DECOMPOSE: tuple[GraphEdit, ...] = (DecomposeLayerNorm(), DecomposeGelu(), DecomposeMish())
-_SPELL_OUT: tuple[GraphEdit, ...] = (SpellOutKernels(), SpellOutZeroPoints(), SpellOutShapes())
+_SPELL_OUT: tuple[GraphEdit, ...] = (SpellOutNames(), SpellOutKernels(), SpellOutZeroPoints(), SpellOutShapes())
 
 
 def legalize(model: OnnxModel, dialect: Dialect, context: Context) -> OnnxModel:
@@ -58,8 +59,8 @@ def express(model: OnnxModel, dialect: Dialect, context: Context) -> Legal:
     if not dialect.typed:
         widened = WidenToFloat32().run(after, context)
         done += [WidenToFloat32().use] * bool({"FP16", "BF16"} & set(widened.records[WEAK_TYPES]["precisions"]))
-        after, left = _edited(widened, [LeaveClipsToQuantizers()], context)
-        done += left
+        after, spelled = _edited(widened, [SpellOutClips()], context)
+        done += spelled
     if dialect.builder_opset is not None:
         after, lowered = _edited(after, [LowerOpset(to=dialect.builder_opset)], context)
         done += lowered

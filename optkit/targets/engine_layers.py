@@ -15,14 +15,13 @@ from typing import TYPE_CHECKING, Any
 
 from optkit.errors import BuildError
 from optkit.models import OnnxModel
+from optkit.quantize.placement.graph import is_int8_product
 from optkit.targets.base import WEAK_TYPES
 
 if TYPE_CHECKING:
     import onnx_ir as ir
 
 log = logging.getLogger("optkit.targets")
-
-_WEIGHTED = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul"})
 
 _PRECISIONS = (
     (re.compile(r"\bint8\b", re.I), "INT8"),
@@ -161,6 +160,11 @@ def _nodes_in(text: str, names: Iterable[str]) -> tuple[str, ...]:
     return tuple(name for name in names if name in tokens)
 
 
+def is_copy(name: str) -> bool:
+    """Whether TensorRT added a layer of that name to bring a tensor into another format."""
+    return name.startswith(_COPY)
+
+
 def nodes_of_layers(names: Iterable[str], records: Mapping[str, Any], model: OnnxModel) -> dict[str, tuple[str, ...]]:
     """The ONNX nodes of layers by name: what the inspector told when the engine was built, else what a name says.
 
@@ -213,15 +217,7 @@ def _telling(layers: Iterable[Layer]) -> list[Layer]:
 
 
 def _int8_nodes(model: OnnxModel) -> list[str]:
-    """Weighted nodes all of whose operands but the bias come out of a DequantizeLinear."""
-    found = []
-    for node in model.ir.graph:
-        if node.op_type not in _WEIGHTED:
-            continue
-        producers = [value.producer() if value is not None else None for value in node.inputs[:2]]
-        if all(producer is not None and producer.op_type == "DequantizeLinear" for producer in producers):
-            found.append(str(node.name))
-    return found
+    return [str(node.name) for node in model.ir.graph if is_int8_product(node)]
 
 
 def lowered(layers: Sequence[Layer], exact: Iterable[str]) -> list[str]:
@@ -237,7 +233,7 @@ def clipped_numbers(layers: Sequence[Layer], model: OnnxModel) -> list[str]:
     """Clips that come after a quantizer behind them: TensorRT 8.5.3 clips INT8 numbers at the bounds of floats then."""
     at: dict[str, int] = {}
     for position, layer in enumerate(layers):
-        for node in layer.nodes if not layer.name.startswith(_COPY) else ():
+        for node in layer.nodes if not is_copy(layer.name) else ():
             at.setdefault(node, position)
     clips = {str(node.name): node for node in model.ir.graph if node.op_type == "Clip"}
     return [

@@ -80,12 +80,13 @@ def place(model: OnnxModel, policy: Int8Policy, exclude: Sequence[str] = ()) -> 
 
 def name_nodes(model: OnnxModel) -> None:
     """Give every node of the main graph that lacks one a name, and every repeated name a number. Edits the model."""
+    given = {node.name for node in model.ir.graph}
     taken: set[str] = set()
     for index, node in enumerate(model.ir.graph):
         if not node.name or node.name in taken:
             node.name = f"{node.name or node.op_type}_{index}"
-        while node.name in taken:
-            node.name += "_"
+            while node.name in taken or node.name in given:
+                node.name += "_"
         taken.add(node.name)
 
 

@@ -14,6 +14,9 @@ ACTIVATIONS = frozenset({"Relu", "Clip"})
 
 _GATES = ({"Sigmoid", "Mul"}, {"HardSigmoid", "Mul"})
 
+PRODUCTS = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul"})
+"""Ops with two operands that can be in INT8."""
+
 MOVES = frozenset({"Flatten", "Reshape", "Squeeze", "Transpose", "Unsqueeze"})
 """Ops that move values and change none."""
 
@@ -32,6 +35,14 @@ def only_consumer(value: ir.Value) -> ir.Node | None:
     """The node that reads a tensor, if it is the only one and the tensor is no output of the graph."""
     uses = tuple(value.uses())
     return uses[0].node if len(uses) == 1 and not value.is_graph_output() else None
+
+
+def is_int8_product(node: ir.Node | None) -> bool:
+    """Whether both operands of a convolution or matrix product come out of a DequantizeLinear."""
+    if node is None or node.op_type not in PRODUCTS:
+        return False
+    producers = [value.producer() if value is not None else None for value in node.inputs[:2]]
+    return all(producer is not None and producer.op_type == "DequantizeLinear" for producer in producers)
 
 
 def after_activation(value: ir.Value) -> ir.Value:

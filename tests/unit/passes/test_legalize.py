@@ -185,15 +185,15 @@ MOVED = "Transpose<perm=[0,1,3,2]>(a)"
 @pytest.mark.parametrize(
     ("change", "becomes"),
     [
-        ({}, "Relu"),
-        ({"between": "MaxPool<kernel_shape=[2,2]>(a)"}, "Relu"),
-        ({"scale": 0.02}, "Relu"),
-        ({"scale": 0.05}, "Clip"),  # 6 is 120 then, and 127 would come through
-        ({"kind": "uint8"}, "Clip"),  # 6 is 127 of 255
-        ({"between": "Abs(a)"}, "Clip"),
-        ({"low": -6}, "Clip"),  # -6 is -127, and -128 would come through
-        ({"low": -7}, None),
-        ({"low": 1}, "Clip"),
+        ({}, ["Relu"]),
+        ({"between": "MaxPool<kernel_shape=[2,2]>(a)"}, ["Relu"]),
+        ({"scale": 0.02}, ["Relu"]),
+        ({"scale": 0.05}, ["Relu", "Min"]),  # 6 is 120 then, and 127 would come through
+        ({"kind": "uint8"}, ["Relu", "Min"]),  # 6 is 127 of 255
+        ({"between": "Abs(a)"}, ["Clip"]),
+        ({"low": -6}, ["Max"]),  # -6 is -127, and -128 would come through
+        ({"low": -7}, []),
+        ({"low": 1}, ["Max"]),
     ],
 )
 def test_leaves_to_the_quantizer_what_it_clips_anyway(onnx_model, context, change, becomes):
@@ -201,15 +201,24 @@ def test_leaves_to_the_quantizer_what_it_clips_anyway(onnx_model, context, chang
     model = onnx_model(CLIPPED.format(**given))
     weak = replace(TENSORRT_8, builder_opset=None)
     legal = legalize(model, weak, context)
-    assert [node.op_type for node in legal.ir.graph if node.name == "clip"] == [becomes] * (becomes is not None)
+    assert [node.op_type for node in legal.ir.graph if node.name in ("clip", "clip_low")] == becomes
     feeds = {"x": np.linspace(-9, 9, 64, dtype=np.float32).reshape(1, 1, 8, 8)}
     wanted, found = (open_onnx(m, optimize=False).run(feeds)["y"] for m in (model, legal))
     np.testing.assert_array_equal(found, wanted)
     assert legalize(model, replace(weak, typed=True, explicit=False), context) is model
 
 
-def test_keeps_a_clip_that_is_not_only_quantized(onnx_model, context):
+def test_keeps_every_bound_for_others_than_the_quantizer(onnx_model, context):
     model = onnx_model("""g (float[N,4] x) => (float[N,4] y, float[N,4] b)
       <float s = {0.04}, int8 z = {0}, float l = {0}, float h = {6}> {
         [clip] a = Clip(x, l, h) q = QuantizeLinear(a, s, z) y = DequantizeLinear(q, s, z) b = Abs(a) }""")
-    assert "Clip" in ops(legalize(model, TENSORRT_8, context))
+    legal = legalize(model, TENSORRT_8, context)
+    assert ops(legal)[:2] == ["Relu", "Min"]
+    assert same(model, legal) > 999
+
+
+def test_names_every_node_and_keeps_the_names_that_are_there(onnx_model, context):
+    model = onnx_model("g (float[N,4] x) => (float[N,4] y) { a = Abs(x) [Abs_0] b = Neg(a) y = Abs(b) }")
+    legal = legalize(model, TENSORRT_8, context)
+    assert [node.name for node in legal.ir.graph] == ["Abs_0_", "Abs_0", "Abs_2"]
+    assert not next(iter(model.ir.graph)).name

@@ -6,7 +6,7 @@ import onnx_ir as ir
 import pytest
 
 from optkit.models import OnnxModel
-from optkit.passes.leave_clips_to_quantizers import LeaveClipsToQuantizers
+from optkit.passes.spell_out_clips import SpellOutClips
 from optkit.targets.onnxruntime import open_onnx
 
 SCALE = 0.047
@@ -24,7 +24,7 @@ MOVED = "c = Unsqueeze(a, start) b = Squeeze(c, start)"
 
 
 def clips(model: OnnxModel) -> list[str]:
-    return [node.op_type for node in model.ir.graph if node.op_type in ("Clip", "Relu")]
+    return [node.op_type for node in model.ir.graph if node.op_type in ("Clip", "Relu", "Max", "Min")]
 
 
 def run(model: OnnxModel, feeds: dict[str, np.ndarray]) -> list[np.ndarray]:
@@ -43,12 +43,12 @@ def test_no_number_changes_whatever_the_bounds(onnx_model, context):
                 a = Clip(x, l, h) q = QuantizeLinear(a, s, z) y = DequantizeLinear(q, s, z) }}"""
         )
         before = onnx.printer.to_text(ir.to_proto(model.ir))
-        edited = LeaveClipsToQuantizers().run(model, context)
+        edited = SpellOutClips().run(model, context)
         seen.add(next(iter(edited.ir.graph)).op_type)
         np.testing.assert_array_equal(run(edited, feeds), run(model, feeds))
         assert onnx.printer.to_text(ir.to_proto(model.ir)) == before
-        assert LeaveClipsToQuantizers().run(edited, context) is edited
-    assert seen == {"Clip", "Relu", "QuantizeLinear"}
+        assert SpellOutClips().run(edited, context) is edited
+    assert seen == {"Relu", "Max", "QuantizeLinear"}
 
 
 @pytest.mark.parametrize(
@@ -56,22 +56,27 @@ def test_no_number_changes_whatever_the_bounds(onnx_model, context):
     [
         ({}, ["Relu"]),
         ({"low": -7}, []),
-        ({"between": "c = Clip(a, l, h) b = Identity(c)"}, ["Clip", "Clip"]),  # an Identity is in the way
+        ({"low": -1}, ["Max"]),
+        ({"high": 5}, ["Relu", "Min"]),
+        ({"low": -1, "high": 5}, ["Max", "Min"]),
+        ({"low": -7, "high": 5}, ["Min"]),
+        ({"between": "c = Clip(a, l, h) b = Identity(c)"}, ["Relu", "Min", "Relu"]),
+        ({"between": "b = Relu(a)", "low": -1}, ["Max", "Min", "Relu"]),
         ({"between": "b = Clip(a, l, h)", "low": -7}, []),
         ({"between": "b = Concat<axis=0>(a, a)"}, ["Relu"]),
         ({"between": "b = Slice(a, start, end)"}, ["Relu"]),
         ({"between": "c = Unsqueeze(a, start) d, e = Split<axis=0, num_outputs=2>(c) b = Squeeze(d, start)"}, ["Relu"]),
         ({"between": "b = Abs(a)"}, ["Clip"]),
-        ({"between": "b = Identity(a)", "other": "a"}, ["Clip"]),
-        ({"kind": "uint8"}, ["Clip"]),
-        ({"zero": 5}, ["Clip"]),
+        ({"between": "b = Identity(a)", "other": "a"}, ["Relu", "Min"]),
+        ({"kind": "uint8"}, ["Relu", "Min"]),
+        ({"zero": 5}, ["Relu", "Min"]),
         ({"float": "float16", "between": "b = Cast<to=1>(a)"}, ["Clip"]),
     ],
 )
-def test_rewrites_only_what_is_quantized_alone(onnx_model, context, change, becomes):
+def test_keeps_the_bounds_that_the_quantizers_do_not_repeat(onnx_model, context, change, becomes):
     given = {"float": "float", "kind": "int8", "zero": 0, "low": 0, "high": 6, "between": MOVED, "other": "x", **change}
     model = onnx_model(CLIPPED.format(**given))
-    edited = LeaveClipsToQuantizers().run(model, context)
+    edited = SpellOutClips().run(model, context)
     assert clips(edited) == becomes
     onnx.checker.check_model(ir.to_proto(edited.ir), full_check=True)
     feeds = {"x": np.linspace(-9, 9, 16).astype("float16" if given["float"] == "float16" else "float32")}
@@ -79,12 +84,21 @@ def test_rewrites_only_what_is_quantized_alone(onnx_model, context, change, beco
         np.testing.assert_array_equal(found, wanted)
 
 
+@pytest.mark.parametrize(("high", "becomes"), [(6, ["Relu"]), (5, ["Clip"])])
+def test_leaves_to_the_kernel_what_a_convolution_in_int8_gives(onnx_model, context, high, becomes):
+    model = onnx_model(f"""g (float[1,2,4,4] x) => (float[1,2,4,4] y)
+      <int8[2,2,1,1] w = {{1,2,3,4}}, float s = {{0.04724}}, int8 o = {{0}}, float l = {{0}}, float h = {{{high}}}> {{
+        p = QuantizeLinear(x, s, o) d = DequantizeLinear(p, s, o) e = DequantizeLinear(w, s, o) c = Conv(d, e)
+        a = Clip(c, l, h) q = QuantizeLinear(a, s, o) y = DequantizeLinear(q, s, o) }}""")
+    assert clips(SpellOutClips().run(model, context)) == becomes
+
+
 def test_leaves_alone_a_clip_that_says_where_to_slice(onnx_model, context):
     model = onnx_model("""g (float[1,L] x) => (float[1,M] y) <float s = {0.04724}, int8 z = {0}, int64[1] start = {0},
       int64[1] axis = {1}, int64 most = {8}> {
         n = Shape<start=1, end=2>(x) end = Clip(n, , most) b = Slice(x, start, end, axis)
         q = QuantizeLinear(b, s, z) y = DequantizeLinear(q, s, z) }""")
-    assert LeaveClipsToQuantizers().run(model, context) is model
+    assert SpellOutClips().run(model, context) is model
 
 
 def test_leaves_alone_where_the_largest_is(onnx_model, context):
@@ -92,7 +106,7 @@ def test_leaves_alone_where_the_largest_is(onnx_model, context):
       float l = {-7}, float h = {7}> {
         a = Clip(x, l, h) m, i = MaxPool<kernel_shape=[2], strides=[2]>(a) q = QuantizeLinear(m, s, z)
         y = DequantizeLinear(q, s, z) w = Cast<to=1>(i) }""")
-    assert LeaveClipsToQuantizers().run(model, context) is model
+    assert SpellOutClips().run(model, context) is model
 
 
 def test_takes_no_longer_for_many_branches(onnx_model, context):
@@ -101,4 +115,4 @@ def test_takes_no_longer_for_many_branches(onnx_model, context):
         f"""g (float[1] x) => (float[N] y) <float s = {{0.04724}}, int8 z = {{0}}, float l = {{0}}, float h = {{6}}> {{
         a0 = Clip(x, l, h) {doubled} q = QuantizeLinear(a18, s, z) y = DequantizeLinear(q, s, z) }}"""
     )
-    assert clips(LeaveClipsToQuantizers().run(model, context)) == ["Relu"]
+    assert clips(SpellOutClips().run(model, context)) == ["Relu"]

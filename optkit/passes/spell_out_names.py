@@ -1,0 +1,25 @@
+"""Names every node."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal
+
+from optkit.context import Context
+from optkit.models import OnnxModel, Signature
+from optkit.passes.graph_edit import GraphEdit
+from optkit.quantize.placement import name_nodes
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+
+class SpellOutNames(GraphEdit):
+    """Nodes without a name of their own get one: by names a builder is told precisions, and tells what it made."""
+
+    use: Literal["spell_out_names"] = "spell_out_names"
+
+    def edit(self, model: ir.Model, context: Context) -> bool:
+        """Name what has no name, and number the names that are there twice."""
+        names = [node.name for node in model.graph]
+        name_nodes(OnnxModel(model, Signature((), ())))
+        return names != [node.name for node in model.graph]

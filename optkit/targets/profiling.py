@@ -17,11 +17,13 @@ class LayerTime:
         name: the runtime's.
         nodes: the ONNX nodes that it computes, as far as names tell.
         seconds: of a typical call, under a profiler, which slows small layers down.
+        copies: whether it only brings a tensor into another format, before or behind a layer of those nodes.
     """
 
     name: str
     nodes: tuple[str, ...]
     seconds: float
+    copies: bool = False
 
 
 class Profiler(Protocol):

@@ -13,7 +13,7 @@ from optkit.models import Engine, Feeds, OnnxModel
 from optkit.targets import cuda
 from optkit.targets.arrays import as_numpy, lies_on_gpu, on_host
 from optkit.targets.base import Environment, check_feeds
-from optkit.targets.engine_layers import nodes_of_layers
+from optkit.targets.engine_layers import is_copy, nodes_of_layers
 from optkit.targets.gpu_exchange import Exchange, GpuArray, RunError
 from optkit.targets.profiling import LayerTime
 from optkit.targets.worker.gpu import CudaError
@@ -178,7 +178,7 @@ class TensorRtProfiler:
         """The median time of every layer."""
         told = {layer["name"]: layer["seconds"] for layer in self._runner.profile(feeds, calls)}
         nodes = nodes_of_layers(told, self._engine.records, self._model)
-        return tuple(LayerTime(name, nodes[name], seconds) for name, seconds in told.items())
+        return tuple(LayerTime(name, nodes[name], seconds, is_copy(name)) for name, seconds in told.items())
 
     def __enter__(self) -> TensorRtProfiler:
         return self

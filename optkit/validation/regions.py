@@ -3,13 +3,14 @@
 A region is a maximal connected set of nodes that compute in INT8, with the Q/DQ pairs (and whatever else quantization
 added) inside it and at its border. Its time is that of all layers which compute something of it; a layer that the
 runtime fused across the border draws its other nodes in, for both engines alike, so that the same work is compared.
+So are copies into other formats beside the nodes next to it: TensorRT's INT8 kernels write what no float kernel reads.
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -35,10 +36,12 @@ class Region:
     Attributes:
         nodes: names of the float graph's nodes, in its order.
         added: names of the nodes that quantization added.
+        beside: names of the nodes that give what it reads or read what it gives.
     """
 
     nodes: tuple[str, ...]
     added: tuple[str, ...]
+    beside: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:
@@ -90,14 +93,15 @@ class RegionTime:
         """The region's nodes that are better off in float.
 
         Those are all but the run of parts, in the order of the graph, that gains the most, if it gains more than what
-        only INT8 needs: one run is entered and left once, so it needs no more Q/DQ pairs than the region does.
+        INT8 needs beside them: one run is entered and left once, so it needs no more Q/DQ pairs than the region does.
         """
         place = {name: index for index, name in enumerate(self.region.nodes)}
         computing = [part for part in self.parts if any(name in place for name in part.nodes)]
+        needed = sum(part.int8 - part.twin for part in self.parts if part not in computing)
         computing.sort(key=lambda part: min(place[name] for name in part.nodes if name in place))
         start, stop = _best_run([part.twin - part.int8 for part in computing])
         gained = sum(part.twin - part.int8 for part in computing[start:stop])
-        if gained <= self.int8 - sum(part.int8 for part in computing):
+        if gained <= needed:
             return self.region.nodes
         lost = {name for part in (*computing[:start], *computing[stop:]) for name in part.nodes}
         return tuple(name for name in self.region.nodes if name in lost)
@@ -131,7 +135,7 @@ def find_regions(floats: OnnxModel, quantized: OnnxModel) -> tuple[Region, ...]:
         names = [str(node.name) for node in members]
         nodes = tuple(name for name in names if name in known)
         if nodes:
-            regions.append(Region(nodes, tuple(name for name in names if name not in known)))
+            regions.append(Region(nodes, tuple(name for name in names if name not in known), _beside(members)))
     return tuple(regions)
 
 
@@ -167,6 +171,13 @@ def _connected(nodes: Sequence[ir.Node]) -> list[list[ir.Node]]:
     return sorted(distinct.values(), key=lambda members: place[members[0]])
 
 
+def _beside(members: Sequence[ir.Node]) -> tuple[str, ...]:
+    read = [value.producer() for node in members for value in node.inputs if value is not None]
+    given = [use.node for node in members for value in node.outputs for use in value.uses()]
+    inside = set(members)
+    return tuple(dict.fromkeys(str(node.name) for node in (*read, *given) if node is not None and node not in inside))
+
+
 def time_regions(
     regions: Sequence[Region],
     int8: Sequence[Layers],
@@ -184,7 +195,8 @@ def time_regions(
         rng: draws the resamples.
     """
     owner = _owners(regions, [layer.nodes for layer in (*int8[0], *twin[0])])
-    mine = [[_owned(layers, owner) for layers in rounds] for rounds in (int8, twin)]
+    beside = {name: index for index, region in enumerate(regions) for name in region.beside}
+    mine = [[_owned(layers, owner, beside) for layers in rounds] for rounds in (int8, twin)]
     times = []
     for index, region in enumerate(regions):
         quantized, plain = ([layers.get(index, ()) for layers in rounds] for rounds in mine)
@@ -212,12 +224,13 @@ def _majority(names: Sequence[str], owner: Mapping[str, int]) -> int:
     return Counter(owner[name] for name in names if name in owner).most_common(1)[0][0]
 
 
-def _owned(layers: Layers, owner: Mapping[str, int]) -> dict[int, list[LayerTime]]:
-    """The layers of each region."""
+def _owned(layers: Layers, owner: Mapping[str, int], beside: Mapping[str, int]) -> dict[int, list[LayerTime]]:
+    """The layers of each region, with the copies beside it."""
     found: dict[int, list[LayerTime]] = {}
     for layer in layers:
-        if any(name in owner for name in layer.nodes):
-            found.setdefault(_majority(layer.nodes, owner), []).append(layer)
+        owners = owner if any(name in owner for name in layer.nodes) else beside if layer.copies else {}
+        if any(name in owners for name in layer.nodes):
+            found.setdefault(_majority(layer.nodes, owners), []).append(layer)
     return found
 
 
@@ -245,4 +258,4 @@ def _typical(rounds: Sequence[Sequence[LayerTime]]) -> tuple[LayerTime, ...]:
     for layers in rounds:
         for layer in layers:
             seconds.setdefault(layer.name, []).append(layer.seconds)
-    return tuple(LayerTime(layer.name, layer.nodes, float(np.median(seconds[layer.name]))) for layer in rounds[0])
+    return tuple(replace(layer, seconds=float(np.median(seconds[layer.name]))) for layer in rounds[0])

@@ -65,6 +65,7 @@ def test_what_is_connected_in_int8_is_one_region(models):
     assert second.nodes == ("third",)
     assert second.added == ("s_smooth", "s_Q", "s_DQ", "w3_DQ", "t_Q", "t_DQ")
     assert second.name == "third"
+    assert (first.beside, second.beside) == (("soft",), ("soft", "mean"))
 
 
 def test_a_value_that_also_leaves_in_float_parts_nothing_but_itself(models, net):
@@ -110,6 +111,17 @@ def test_a_layer_of_two_regions_counts_once():
     twin = [layers(a=1, b=1, d=1)] * 6
     first, second = time_regions(REGIONS, int8, twin, 0.95, np.random.default_rng(0))
     assert (first.int8, second.int8) == (6, 1)
+
+
+def test_copies_beside_a_region_count_in_both():
+    """TensorRT copied what an INT8 convolution of EfficientNet-B0 wrote for the SiLU behind it (on an H200)."""
+    region = Region(("conv",), ("conv_Q",), ("gate", "silu"))
+    copies = [LayerTime("in", ("conv",), 1, True), LayerTime("behind", ("gate", "silu"), 3, True)]
+    int8 = [[*layers(conv=2, gate__silu=5), *copies, LayerTime("far", ("other",), 7, True)]] * 6
+    twin = [[*layers(conv=4, gate__silu=5), LayerTime("behind", ("gate", "silu"), 1, True)]] * 6
+    (found,) = time_regions([region], int8, twin, 0.95, np.random.default_rng(0))
+    assert found.parts == (PartTime(("conv",), 3, 4), PartTime(("gate", "silu"), 3, 1))
+    assert found.losing == ("conv",)  # what it gains, the copy behind it costs twice
 
 
 def test_a_region_that_no_layer_tells_of_is_left_out():

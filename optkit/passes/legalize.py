@@ -23,7 +23,7 @@ from optkit.passes.widen_to_float32 import WidenToFloat32, legal_tolerance_db
 from optkit.targets.base import WEAK_TYPES, Dialect
 
 _DECOMPOSE: tuple[GraphEdit, ...] = (DecomposeLayerNorm(), DecomposeGelu(), DecomposeMish())
-_SPELL_OUT: tuple[GraphEdit, ...] = (SpellOutNames(), SpellOutKernels(), SpellOutZeroPoints(), SpellOutShapes())
+_SPELL_OUT: tuple[GraphEdit, ...] = (SpellOutKernels(), SpellOutZeroPoints(), SpellOutShapes(), SpellOutClips())
 
 
 def legalize(model: OnnxModel, dialect: Dialect, context: Context) -> OnnxModel:
@@ -55,11 +55,12 @@ def express(model: OnnxModel, dialect: Dialect, context: Context) -> Legal:
         PassError: a node cannot be expressed; the message names it.
     """
     steps: list[GraphEdit] = [step for step in _DECOMPOSE if step.touches & dialect.lacks]
-    after, done = _edited(model, [*steps, *_SPELL_OUT] if dialect.explicit else steps, context)
+    named = SpellOutNames().run(model, context)
+    after, done = _edited(named, [*steps, *_SPELL_OUT] if dialect.explicit else steps, context)
     if not dialect.typed:
         widened = WidenToFloat32().run(after, context)
         done += [WidenToFloat32().use] * bool({"FP16", "BF16"} & set(widened.records[WEAK_TYPES]["precisions"]))
-        after, spelled = _edited(widened, [SpellOutClips()], context)
+        after, spelled = _edited(widened, [SpellOutClips()], context)  # those that were not float32 before
         done += spelled
     if dialect.builder_opset is not None:
         after, lowered = _edited(after, [LowerOpset(to=dialect.builder_opset)], context)

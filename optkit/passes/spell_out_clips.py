@@ -1,4 +1,4 @@
-"""Writes a Clip before a quantizer in ops that a quantizer may be moved across."""
+"""Writes a Clip before a quantizer as ops across which the quantizer may be moved."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ import numpy as np
 
 from optkit.context import Context
 from optkit.passes.graph_edit import GraphEdit, constant, replace, scalar, sweep
-from optkit.quantize.placement.graph import COMMUTES, is_int8_product
+from optkit.passes.tape import Tape
+from optkit.quantize.placement.graph import COMMUTES, is_int8_product, only_consumer
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -18,14 +19,14 @@ _CLIPS = frozenset({"Clip", "Max", "Min", "Relu"})
 
 
 class SpellOutClips(GraphEdit):
-    """A float32 ``Clip`` that a quantizer reads becomes Relu or Max, and Min; the numbers stay the same to the bit.
+    """A float32 ``Clip`` that a quantizer reads becomes Relu or Max, and Min; at most the sign of a zero changes.
 
     TensorRT 8.5.3 moves a quantizer to before a Clip that no kernel takes in, such as that of a ReLU6 behind a
     convolution in float, and then clips the INT8 numbers at the bounds of the floats
-    (``benchmarks/gpu/results/efficientnet_lite0-clips-h200.txt``). It may move one across Relu, whose numbers it does
-    not change, and across Min, whose constant it quantizes as well (``clips-h200.txt`` beside that). A bound at which
-    all that read it saturate anyway needs no op. What a convolution or product in INT8 gives is clipped in its kernel,
-    before it is quantized: there Clip stays where it would take a Max or Min.
+    (``benchmarks/gpu/results/efficientnet_lite0-clips-h200.txt``). Across Relu it may move one, since zero stays zero,
+    and across Min (and so Max, which was not run), whose constant it quantizes as well (``clips-h200.txt`` beside
+    that). A bound at which all that read it saturate anyway needs no op. What alone reads a convolution or product in
+    INT8 is computed in its kernel, before it is quantized: there Clip stays where it would take a Max or Min.
     """
 
     use: Literal["spell_out_clips"] = "spell_out_clips"
@@ -49,7 +50,7 @@ def _spell_out(model: ir.Model, clip: ir.Node) -> bool:
     low, high = (clip.inputs[i] if len(clip.inputs) > i else None for i in (1, 2))
     least, most = -np.inf if low is None else scalar(low), np.inf if high is None else scalar(high)
     quantizers, alone = _readers(result)
-    if not quantizers or least is None or most is None:
+    if not quantizers or least is None or most is None or np.isnan([least, most]).any():
         return False
     scales = [_scale(quantizer) if alone else None for quantizer in quantizers]
     steps = []
@@ -57,14 +58,13 @@ def _spell_out(model: ir.Model, clip: ir.Node) -> bool:
         steps.append(("Max", [low]) if least else ("Relu", []))
     if high is not None and not all(scale and _number(most, scale) >= 127 for scale in scales):
         steps.append(("Min", [high]))
-    in_kernel = is_int8_product(source.producer()) and any(bound for _, bound in steps)
-    if in_kernel or not (steps or alone):
+    in_kernel = is_int8_product(source.producer()) and only_consumer(source) is clip
+    if (in_kernel and any(bound for _, bound in steps)) or not (steps or alone):
         return False
+    tape = Tape(model, clip, like=result)
     for op, bound in steps[:-1]:
-        node = ir.Node("", op, [source, *bound], name=clip.name and f"{clip.name}_low")
-        model.graph.insert_before(clip, node)
-        node.outputs[0].type, node.outputs[0].shape = result.type, result.shape
-        source = node.outputs[0]
+        source = tape.add(op, source, *bound, name="low")
+        source.shape = result.shape
     if steps:
         op, bound = steps[-1]
         replace(model, result, ir.Node("", op, [source, *bound], name=clip.name))
@@ -82,12 +82,13 @@ def _readers(value: ir.Value) -> tuple[list[ir.Node], bool]:
         tensor = ahead.pop()
         alone &= not tensor.is_graph_output()
         for use in tensor.uses():
-            if use.node.op_type == "QuantizeLinear" and use.idx == 0:
+            op = "" if use.node.domain else use.node.op_type
+            if op == "QuantizeLinear" and use.idx == 0:
                 quantizers.append(use.node)
                 continue
-            moves = _moves(use.node, use.idx)
-            alone &= moves
-            if moves or use.node.op_type in _CLIPS:
+            moves = op in _MOVES and (use.idx == 0 or op == "Concat")
+            alone &= moves and not (op == "MaxPool" and any(output.uses() for output in use.node.outputs[1:]))
+            if moves or op in _CLIPS:
                 ahead += [output for output in use.node.outputs if output not in seen]
                 seen.update(use.node.outputs)
     return quantizers, alone
@@ -96,15 +97,11 @@ def _readers(value: ir.Value) -> tuple[list[ir.Node], bool]:
 def _scale(quantizer: ir.Node) -> float | None:
     """The scale of a quantizer to INT8 with zero point 0, or None."""
     zero = constant(quantizer.inputs[2]) if len(quantizer.inputs) > 2 else None
-    return scalar(quantizer.inputs[1]) if zero is not None and zero.dtype == np.int8 and not zero.any() else None
-
-
-def _moves(node: ir.Node, position: int) -> bool:
-    """Whether a node only moves what it reads there."""
-    indices = node.op_type == "MaxPool" and any(output.uses() for output in node.outputs[1:])
-    return node.op_type in _MOVES and (position == 0 or node.op_type == "Concat") and not indices
+    scale = scalar(quantizer.inputs[1]) if zero is not None and zero.dtype == np.int8 and not zero.any() else None
+    return scale if scale is not None and scale > 0 else None
 
 
 def _number(bound: float, scale: float) -> float:
     """What a float32 bound is quantized to, before that saturates."""
-    return float(np.rint(np.float32(bound) / np.float32(scale)))
+    with np.errstate(over="ignore"):  # a bound may be the largest float32
+        return float(np.rint(np.float32(bound) / np.float32(scale)))

@@ -13,6 +13,7 @@ import numpy as np
 from optkit.errors import CheckpointError
 from optkit.failures import few, reason
 from optkit.models import DTYPES, OnnxModel, Signature, TensorSpec
+from optkit.quantize.placement import name_nodes
 from optkit.source.dimensions import Declared, settle
 from optkit.source.reading import damaged
 
@@ -43,7 +44,7 @@ def read_onnx(path: Path, recipe: Recipe, data_inputs: tuple[TensorSpec, ...]) -
 
 
 def onnx_model(model: ir.Model, recipe: Recipe, data_inputs: tuple[TensorSpec, ...], where: str) -> OnnxModel:
-    """Settle the signature of a model that is ours to change."""
+    """Settle the signature of a model that is ours to change, and name its nodes, by which reports tell of them."""
     import onnx_ir as ir
     from onnx_ir.passes.common import ShapeInferencePass
 
@@ -66,7 +67,9 @@ def onnx_model(model: ir.Model, recipe: Recipe, data_inputs: tuple[TensorSpec, .
     for value, spec in zip(_true_inputs(model), inputs, strict=True):
         value.shape = ir.Shape(spec.shape)
     outputs = tuple(_value_spec(value, f"{where}: output", f"{value.name}_dim_") for value in model.graph.outputs)
-    return OnnxModel(model, Signature(inputs, outputs, dims))
+    settled = OnnxModel(model, Signature(inputs, outputs, dims))
+    name_nodes(settled)
+    return settled
 
 
 def _onnx_inputs(model: ir.Model, where: str) -> Declared:

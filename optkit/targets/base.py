@@ -85,7 +85,7 @@ class Dialect:
             that the graph holds.
         builder_opset: the highest opset that the builder itself reads, if that is lower: the build lowers the graph.
         lacks: ops that the builder itself lacks: the build expresses them with others.
-        explicit: whether the builder needs names, kernel shapes, zero points and bounds where ONNX can do without.
+        explicit: whether the builder needs kernel shapes, zero points and bounds written where ONNX has a default.
         tunes_for_shapes: whether kernels are chosen by shapes, so that the builder should know every fixed size.
         width_multiple: what numbers of channels its kernels take without padding.
         sparse: whether it will use kernels for 2:4 sparse weights; False if it has them and they were not asked for,

@@ -3,7 +3,8 @@
 A region is a maximal connected set of nodes that compute in INT8, with the Q/DQ pairs (and whatever else quantization
 added) inside it and at its border. Its time is that of all layers which compute something of it; a layer that the
 runtime fused across the border draws its other nodes in, for both engines alike, so that the same work is compared.
-So are copies into other formats beside the nodes next to it: TensorRT's INT8 kernels write what no float kernel reads.
+A copy into another format before or behind a node next to a region counts as well: TensorRT's INT8 kernels read and
+write formats of their own.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """What TensorRT makes of one op beside a quantizer: it may move the one across the other, and must not change numbers.
 
-Each test is a build of 15 to 40 seconds. TensorRT 8.5.3 is wrong with Clip (``benchmarks/gpu/results/clips-h200.txt``).
+TensorRT 8.5.3 is wrong with Clip, which optkit therefore rewrites (``benchmarks/gpu/results/clips-h200.txt``).
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ OPS = {
     "linear": 'b = Resize<mode="linear", coordinate_transformation_mode="asymmetric">(a, , scales)',
     "max": "b = Max(a, one)",
     "max pool": "b = MaxPool<kernel_shape=[3,3], pads=[1,1,1,1]>(a)",
+    "min": "b = Min(a, six)",
     "mul": "b = Mul(a, half)",
     "nearest": 'b = Resize<coordinate_transformation_mode="asymmetric", nearest_mode="floor">(a, , scales)',
     "negate": "b = Neg(a)",

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from optkit.quantize.placement.draft import WEIGHTED
+
 if TYPE_CHECKING:
     import numpy as np
     import onnx_ir as ir
@@ -13,9 +15,6 @@ ACTIVATIONS = frozenset({"Relu", "Clip"})
 """Ops that fuse with the convolution before them."""
 
 _GATES = ({"Sigmoid", "Mul"}, {"HardSigmoid", "Mul"})
-
-PRODUCTS = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul"})
-"""Ops with two operands that can be in INT8."""
 
 MOVES = frozenset({"Flatten", "Reshape", "Squeeze", "Transpose", "Unsqueeze"})
 """Ops that move values and change none."""
@@ -39,7 +38,7 @@ def only_consumer(value: ir.Value) -> ir.Node | None:
 
 def is_int8_product(node: ir.Node | None) -> bool:
     """Whether both operands of a convolution or matrix product come out of a DequantizeLinear."""
-    if node is None or node.op_type not in PRODUCTS:
+    if node is None or node.op_type not in WEIGHTED:
         return False
     producers = [value.producer() if value is not None else None for value in node.inputs[:2]]
     return all(producer is not None and producer.op_type == "DequantizeLinear" for producer in producers)

@@ -175,7 +175,7 @@ CLIPPED = """
 g (float[N,1,8,8] x) => (float[N,1,H,W] y)
   <float s = {{{scale}}}, {kind} z = {{{zero}}}, float l = {{{low}}}, float h = {{{high}}}> {{
     [clip] a = Clip(x, l, h) [between] b = {between}
-    q = QuantizeLinear(b, s, z) y = DequantizeLinear(q, s, z)
+    [q] q = QuantizeLinear(b, s, z) [d] y = DequantizeLinear(q, s, z)
 }}
 """
 
@@ -201,7 +201,7 @@ def test_leaves_to_the_quantizer_what_it_clips_anyway(onnx_model, context, chang
     model = onnx_model(CLIPPED.format(**given))
     weak = replace(TENSORRT_8, builder_opset=None)
     legal = legalize(model, weak, context)
-    assert [node.op_type for node in legal.ir.graph if node.name in ("clip", "clip_low")] == becomes
+    assert [node.op_type for node in legal.ir.graph if node.name in ("clip", "clip.low")] == becomes
     feeds = {"x": np.linspace(-9, 9, 64, dtype=np.float32).reshape(1, 1, 8, 8)}
     wanted, found = (open_onnx(m, optimize=False).run(feeds)["y"] for m in (model, legal))
     np.testing.assert_array_equal(found, wanted)
@@ -215,6 +215,15 @@ def test_keeps_every_bound_for_others_than_the_quantizer(onnx_model, context):
     legal = legalize(model, TENSORRT_8, context)
     assert ops(legal)[:2] == ["Relu", "Min"]
     assert same(model, legal) > 999
+
+
+def test_what_is_float32_beside_fp16_stays_so_when_a_clip_is_written_in_two(onnx_model, context):
+    model = onnx_model("""g (float16[8] x) => (float[8] y)
+      <float s = {0.1}, int8 z = {0}, float l = {-1}, float h = {5}> {
+      [n] n = Neg(x) [c] c = Cast<to=1>(n) [clip] a = Clip(c, l, h) [q] q = QuantizeLinear(a, s, z)
+      [d] y = DequantizeLinear(q, s, z) }""")
+    weak = legalize(model, TENSORRT_8, context).records[WEAK_TYPES]
+    assert weak == {"precisions": ["FP16", "INT8"], "float32": ["clip.low", "clip"]}
 
 
 def test_names_every_node_and_keeps_the_names_that_are_there(onnx_model, context):

@@ -101,12 +101,16 @@ def test_leaves_alone_a_clip_that_says_where_to_slice(onnx_model, context):
     assert SpellOutClips().run(model, context) is model
 
 
-def test_leaves_alone_where_the_largest_is(onnx_model, context):
+def test_keeps_both_bounds_where_the_largest_is_asked_for(onnx_model, context):
     model = onnx_model("""g (float[1,1,8] x) => (float[1,1,4] y, float[1,1,4] w) <float s = {0.04724}, int8 z = {0},
       float l = {-7}, float h = {7}> {
         a = Clip(x, l, h) m, i = MaxPool<kernel_shape=[2], strides=[2]>(a) q = QuantizeLinear(m, s, z)
         y = DequantizeLinear(q, s, z) w = Cast<to=1>(i) }""")
-    assert SpellOutClips().run(model, context) is model
+    edited = SpellOutClips().run(model, context)
+    assert clips(edited) == ["Max", "Min"]
+    feeds = {"x": np.array([[[8, 9, -9, -8, 1, 2, 6, 7]]], dtype=np.float32)}
+    for found, wanted in zip(run(edited, feeds), run(model, feeds), strict=True):
+        np.testing.assert_array_equal(found, wanted)
 
 
 def test_takes_no_longer_for_many_branches(onnx_model, context):
@@ -116,3 +120,56 @@ def test_takes_no_longer_for_many_branches(onnx_model, context):
         a0 = Clip(x, l, h) {doubled} q = QuantizeLinear(a18, s, z) y = DequantizeLinear(q, s, z) }}"""
     )
     assert clips(SpellOutClips().run(model, context)) == ["Relu"]
+
+
+def clipped(onnx_model, low: float, high: float, scale: float = 0.05) -> OnnxModel:
+    return onnx_model(f"""g (float[8] x) => (float[8] y)
+      <float s = {{{scale}}}, int8 z = {{0}}, float l = {{{low}}}, float h = {{{high}}}> {{
+        a = Clip(x, l, h) q = QuantizeLinear(a, s, z) y = DequantizeLinear(q, s, z) }}""")
+
+
+def test_the_largest_float_is_no_bound(onnx_model, context):
+    assert clips(SpellOutClips().run(clipped(onnx_model, 0, 3.4028235e38), context)) == ["Relu"]
+
+
+def test_a_bound_that_is_no_number_stays_with_clip_which_ignores_it(onnx_model, context):
+    model = clipped(onnx_model, 0, 5)
+    model.ir.graph.initializers["l"].const_value = ir.tensor(np.array(np.nan, np.float32), name="l")
+    assert SpellOutClips().run(model, context) is model
+
+
+def test_a_negative_scale_repeats_no_bound(onnx_model, context):
+    model = clipped(onnx_model, 7, 8, scale=-0.05)
+    feeds = {"x": np.linspace(-9, 9, 8, dtype=np.float32)}
+    for found, wanted in zip(run(SpellOutClips().run(model, context), feeds), run(model, feeds), strict=True):
+        np.testing.assert_array_equal(found, wanted)
+
+
+def test_a_function_that_is_named_like_an_op_is_another(onnx_model, context):
+    model = onnx_model("""<ir_version: 10, opset_import: ["" : 20, "local" : 1]>
+      g (float[8] x) => (float[8] y) <float s = {0.05}, int8 z = {0}, float l = {-7}, float h = {7}> {
+        a = Clip(x, l, h) b = local.Identity(a) q = QuantizeLinear(b, s, z) y = DequantizeLinear(q, s, z) }
+      <domain: "local", opset_import: ["" : 20]> Identity (v) => (r) { r = Add(v, v) }""")
+    assert SpellOutClips().run(model, context) is model
+
+
+def test_new_names_stand_beside_those_that_exporters_give(onnx_model, context):
+    model = onnx_model("""g (float[8] x, bool c) => (float[8] y, float[8] o)
+      <float s = {0.05}, int8 z = {0}, float l = {-1}, float h = {5}> {
+        [clip] a = Clip(x, l, h) [clip_low] q = QuantizeLinear(a, s, z) y = DequantizeLinear(q, s, z)
+        o = If(c) <then_branch = t () => (float[8] r) { val_0 = Abs(a) r = Neg(val_0) },
+                   else_branch = e () => (float[8] u) { u = Abs(a) }> }""")
+    edited = SpellOutClips().run(model, context)
+    feeds = {"x": np.linspace(-9, 9, 8, dtype=np.float32), "c": np.array(True)}
+    for found, wanted in zip(run(edited, feeds), run(model, feeds), strict=True):
+        np.testing.assert_array_equal(found, wanted)
+
+
+@pytest.mark.parametrize("beside", ["", "m = Neg(c)"])
+def test_only_what_alone_reads_a_convolution_in_int8_is_in_its_kernel(onnx_model, context, beside):
+    outputs = "float[1,2,4,4] y" + (", float[1,2,4,4] m" if beside else "")
+    model = onnx_model(f"""g (float[1,2,4,4] x) => ({outputs})
+      <int8[2,2,1,1] w = {{1,2,3,4}}, float s = {{0.04724}}, int8 o = {{0}}, float l = {{0}}, float h = {{5}}> {{
+        p = QuantizeLinear(x, s, o) d = DequantizeLinear(p, s, o) e = DequantizeLinear(w, s, o) c = Conv(d, e) {beside}
+        a = Clip(c, l, h) q = QuantizeLinear(a, s, o) y = DequantizeLinear(q, s, o) }}""")
+    assert clips(SpellOutClips().run(model, context)) == (["Relu", "Min"] if beside else ["Clip"])

@@ -18,13 +18,18 @@ def halves_in_float32(model: OnnxModel) -> OnnxModel:
     real kernels only where those round within an op. Inputs and outputs keep their types; a model without FP16 and BF16
     comes back as it is.
     """
-    if not any(_is_half(value.dtype) for value in _values(model.ir)):
+    if not has_halves(model):
         return model
     after = model.clone()
     for value in _values(after.ir):
         if _is_half(value.dtype):
             _widen(after.ir.graph, value)
     return after
+
+
+def has_halves(model: OnnxModel) -> bool:
+    """Whether a value of the model is FP16 or BF16."""
+    return any(_is_half(value.dtype) for value in _values(model.ir))
 
 
 def _is_half(dtype: object) -> bool:

@@ -19,6 +19,7 @@ from optkit.numerics import compare
 from optkit.passes.base import OnnxPass
 from optkit.passes.graph_edit import constant, infer_missing_types, opset, sample_feeds
 from optkit.quantize.linter import is_quantized
+from optkit.quantize.placement.graph import is_int8_product
 from optkit.targets.onnxruntime import open_onnx
 
 if TYPE_CHECKING:
@@ -135,6 +136,7 @@ class FloatCast(OnnxPass):
             if reason is not None:
                 kept[_label(node)] = reason
         _spread(model.ir, kept)
+        _spread_over_products(model.ir, kept)
         return kept
 
     def _why_float32(self, node: ir.Node, version: int, largest: Mapping[str, float]) -> str | None:
@@ -290,6 +292,28 @@ def _spread(model: ir.Model, kept: dict[str, str]) -> None:
         if cheap and uses and all(_is_exact(use.node, use.idx, exact) for use in uses):
             exact.add(_label(node))
             kept.setdefault(_label(node), "it computes sizes or indices")
+
+
+def _spread_over_products(model: ir.Model, kept: dict[str, str]) -> None:
+    """Keep both scales of a MatMul in float32 if one stays so: TensorRT-RTX 1.7 builds none with two types."""
+    products = [node for node in model.graph if node.op_type == "MatMul" and is_int8_product(node)]
+    operands = [[value.producer() for value in node.inputs[:2] if value is not None] for node in products]
+    known = -1
+    while known < len(kept):
+        known = len(kept)
+        for pair in operands:
+            if any(node is not None and _label(node) in kept for node in pair):
+                for name in (name for node in pair if node is not None for name in _labels_of_scale(node)):
+                    kept.setdefault(name, "the scale of a product's other operand is float32")
+
+
+def _labels_of_scale(dequantizer: ir.Node) -> list[str]:
+    """A DequantizeLinear, the QuantizeLinear that it reads, and what else reads that: one scale, in one type."""
+    source = dequantizer.inputs[0]
+    quantizer = None if source is None else source.producer()
+    if source is None or quantizer is None:
+        return [_label(dequantizer)]
+    return [_label(quantizer), *(_label(use.node) for use in source.uses())]
 
 
 def _is_exact(node: ir.Node, index: int, exact: Iterable[str]) -> bool:

@@ -10,8 +10,7 @@ import numpy as np
 
 from optkit.models import Feeds, OnnxModel
 from optkit.targets.base import Int8Policy
-from optkit.targets.cpu import this_cpu
-from optkit.targets.onnxruntime import open_onnx
+from optkit.targets.onnxruntime import fuses_exactly, open_onnx
 
 if TYPE_CHECKING:
     from optkit.data import Batch
@@ -62,7 +61,7 @@ class Judge:
     def __init__(self, model: OnnxModel, batches: Sequence[Batch], policy: Int8Policy, threads: int) -> None:
         self._batches = batches
         self._threads = threads
-        self._fused = not policy.symmetric and (policy.sums_in_16_bits or not this_cpu().saturates_int8)
+        self._fused = fuses_exactly(policy)
         self._reference = outputs_of(model, batches, threads)
 
     def error(self, quantized: OnnxModel) -> float:

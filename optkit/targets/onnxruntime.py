@@ -16,7 +16,17 @@ import numpy as np
 from optkit.context import Context
 from optkit.errors import BuildError, PassError, UnavailableError, UsageError
 from optkit.models import Engine, Feeds, OnnxModel, Signature
-from optkit.targets.base import ORT_CPU, Availability, Dialect, Environment, Misfit, Target, check_feeds, quote
+from optkit.targets.base import (
+    ORT_CPU,
+    Availability,
+    Dialect,
+    Environment,
+    Int8Policy,
+    Misfit,
+    Target,
+    check_feeds,
+    quote,
+)
 from optkit.targets.cpu import recorded_cpu, this_cpu
 from optkit.targets.onnxruntime_profiler import OrtProfiler
 
@@ -135,6 +145,14 @@ def open_onnx(model: OnnxModel, threads: int = 1, optimize: bool = True) -> OrtR
     options = target.session_options(threads)
     session, held = _open_model(model, options)
     return OrtRunner(session, model.signature, target.environment(threads), held)
+
+
+def fuses_exactly(policy: Int8Policy | None) -> bool:
+    """Whether ONNX Runtime's fused INT8 kernels are exact here on a graph that was made as the policy says.
+
+    They are meant for UINT8 activations, and on processors where they saturate also for weights that are bounded.
+    """
+    return policy is not None and not policy.symmetric and (policy.sums_in_16_bits or not this_cpu().saturates_int8)
 
 
 def _pairs_of_halves(model: OnnxModel) -> bool:

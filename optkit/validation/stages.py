@@ -15,8 +15,8 @@ from optkit.models import Engine, Feeds, Model, OnnxModel, TorchModel
 from optkit.numerics import Difference, Sums, difference, sums
 from optkit.pipeline import Stage
 from optkit.quantize.linter import INTEGER_OPS
-from optkit.targets.base import Runner
-from optkit.targets.onnxruntime import open_onnx
+from optkit.targets.base import Runner, Target
+from optkit.targets.onnxruntime import fuses_exactly, open_onnx
 from optkit.targets.pytorch import open_torch
 from optkit.validation.accuracy import check_reference
 
@@ -156,8 +156,17 @@ def _opened(model: Model, context: Context) -> Runner:
     if isinstance(model, TorchModel):
         return open_torch(model, context.threads)
     assert isinstance(model, OnnxModel)  # engines are opened by the caller
-    # ONNX Runtime's CPU does not round between FP16 ops, and would hide what a GPU's kernels overflow
-    return open_onnx(halves_in_float32(model), context.threads)
+    return open_as_meant(model, context.target, context.threads)
+
+
+def open_as_meant(model: OnnxModel, target: Target, threads: int) -> Runner:
+    """Open a model for its numbers on ONNX Runtime's CPU, which must not add errors that the target's engine lacks.
+
+    It does not round between FP16 ops, and would hide what a GPU's kernels overflow; its fused INT8 kernels saturate on
+    some processors, and blame it on a graph for another target.
+    """
+    fused = precision_of(model) != "int8" or fuses_exactly(target.dialect.int8)
+    return open_onnx(halves_in_float32(model), threads, optimize=fused)
 
 
 def _error(runner: Runner, batches: Sequence[Batch], wanted: Sequence[Feeds]) -> Difference:

@@ -13,7 +13,7 @@ from typing import Any
 
 from optkit.context import Context
 from optkit.data import Data, RandomData
-from optkit.emulation import halves_in_float32
+from optkit.emulation import has_halves
 from optkit.errors import DataError, UnavailableError
 from optkit.journal import collected_warnings
 from optkit.models import Engine, OnnxModel, Signature, TorchModel
@@ -28,7 +28,14 @@ from optkit.validation.contest import Contest, Entrant
 from optkit.validation.gate import Verdict, judge, judge_accuracy
 from optkit.validation.latency import latency_document, measure_latency
 from optkit.validation.memory import Memory
-from optkit.validation.stages import TOLERANCES, StageError, compare_stages, first_past_tolerance, precision_of
+from optkit.validation.stages import (
+    TOLERANCES,
+    StageError,
+    compare_stages,
+    first_past_tolerance,
+    open_as_meant,
+    precision_of,
+)
 from optkit.validation.statistics import Interval
 from optkit.validation.twin import QUANTIZED, NoTwin, Twin
 
@@ -181,7 +188,10 @@ def _contest(
     given = whole[0] if whole else onnx_models[0]
     precision = precision_of(given)
     rival = ONNX if precision == "float32" else f"ONNX as given ({precision})"
-    baselines.append(Entrant(rival, memory.of(rival, opened.enter_context(open_onnx(given, context.threads)))))
+    # Fused INT8 kernels that saturate are right for engines of ONNX Runtime, which have them too
+    fused = precision != "int8" or recipe.target.name == "onnxruntime"
+    source = opened.enter_context(open_onnx(given, context.threads, optimize=fused))
+    baselines.append(Entrant(rival, memory.of(rival, source)))
     candidate, what, why_not = _candidate(stages[-1].model, onnx_models[-1], recipe, context)
     opened.enter_context(candidate.runner)
     if len(whole) > 1:
@@ -231,14 +241,11 @@ def _candidate(last: Any, source: OnnxModel, recipe: Recipe, context: Context) -
     try:
         runner: Runner = recipe.target.open(last, context.threads)
     except UnavailableError as error:
-        rounded = halves_in_float32(source)
-        how = (
-            "on ONNX Runtime"
-            if rounded is source
-            else "on ONNX Runtime in float32 with every half-precision value rounded"
-        )
+        how = "on ONNX Runtime"
+        if has_halves(source):
+            how += " in float32 with every half-precision value rounded"
         what = f"the {precision} ONNX model that the {last.target} engine was built from, {how}"
-        return Entrant(STAND_IN, open_onnx(rounded, context.threads)), what, str(error)
+        return Entrant(STAND_IN, open_as_meant(source, recipe.target, context.threads)), what, str(error)
     return Entrant(ENGINE, runner), f"{precision} engine for {last.target}", None
 
 

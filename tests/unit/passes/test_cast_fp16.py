@@ -190,6 +190,26 @@ def test_a_quantized_graph_keeps_its_pairs(onnx_model: Any, context: Context) ->
     CastFp16().ensures(model, after, context)
 
 
+TINY_CHANNEL = """g (float[n,4,2] x, float[n,4,2] o) => (float[n,4,2] y, float[n,4,2] v, float[n,4,2] u) <
+    float s = {0.03}, float sw = {0.01}, float[2] st = {0.01, 0.00001}, int8 z = {0}, int8[2] zt = {0, 0},
+    int8[2,2] w = {1, 2, 3, 4}> {
+    q = QuantizeLinear(x, s, z) d = DequantizeLinear(q, s, z) e = DequantizeLinear(q, s, z)
+    t = DequantizeLinear<axis=1>(w, st, zt) k = DequantizeLinear(w, sw, z)
+    y = MatMul(d, t) v = MatMul(e, k)
+    p = QuantizeLinear(o, s, z) r = DequantizeLinear(p, s, z) m = DequantizeLinear(w, sw, z) u = MatMul(r, m) }"""
+
+
+def test_both_scales_of_a_product_are_of_one_type(onnx_model: Any, context: Context) -> None:
+    model = onnx_model(TINY_CHANNEL, opset=20)
+    after = CastFp16().run(model, context)
+    other = "the scale of a product's other operand is float32"
+    assert kept(after) == {
+        "t": "'st' holds a scale of 1e-05, too small for FP16",
+        **dict.fromkeys(("q", "d", "e", "k"), other),  # e shares the scale of d, and k its product with e
+    }
+    CastFp16().ensures(model, after, context)
+
+
 def test_below_opset_19_the_pairs_stay_in_float32(onnx_model: Any, context: Context) -> None:
     model = onnx_model(
         """g (float[n,2] x) => (float[n,2] y) <float s = {0.03}, int8 z = {0}> {

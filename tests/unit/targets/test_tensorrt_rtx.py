@@ -14,6 +14,7 @@ from pydantic import ValidationError
 
 from optkit.errors import BuildError, UnavailableError
 from optkit.models import DimRange, Engine, OnnxModel
+from optkit.passes.cast_fp16 import CastFp16
 from optkit.targets import cuda
 from optkit.targets.onnxruntime import open_onnx
 from optkit.targets.tensorrt_plan import PLAN_FILE, profile
@@ -37,6 +38,14 @@ g (float[N,16,8,8] x, int8[16,16,3,3] w, float[16] ws) => (float[N,16,8,8] y) <f
     e = DequantizeLinear<axis=0>(w, ws)
     c = Conv<kernel_shape=[3,3], pads=[1,1,1,1]>(d, e)
     y = Relu(c)
+}
+"""
+PRODUCT = """
+g (float[N,16,64] x, int8[64,64] w, float[64] ws, int8[64] wz) => (float[N,16,64] y) <float xs = {0.02}, int8 z = {0}> {
+    q = QuantizeLinear(x, xs, z)
+    d = DequantizeLinear(q, xs, z)
+    e = DequantizeLinear<axis=1>(w, ws, wz)
+    y = MatMul(d, e)
 }
 """
 ATTENTION = """
@@ -115,6 +124,16 @@ def test_builds_the_precision_that_the_graph_says(conv, folder, context, kind, d
 def test_builds_int8(qdq, folder, context):
     engine = TARGET.build(qdq(), folder, context)
     assert engine.records["network"]["types"]["INT8"] >= 2
+
+
+def test_builds_int8_whose_weights_have_a_channel_too_small_for_fp16(onnx_model, folder, context):
+    """With one scale of the product in float32 and one in FP16, Myelin gives up on their types."""
+    scales = np.full(64, 0.01, np.float32)
+    scales[3] = 1e-5
+    weights = np.random.default_rng(0).integers(-127, 128, (64, 64), np.int8)
+    model = fill(onnx_model(PRODUCT), {"w": weights, "ws": scales, "wz": np.zeros(64, np.int8)})
+    half = CastFp16().run(model, replace(context, target=TARGET))
+    assert TARGET.build(half, folder, context).records["network"]["types"]["INT8"] >= 2
 
 
 def test_builds_for_chosen_capabilities(conv, folder, context):

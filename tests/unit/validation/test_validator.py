@@ -266,3 +266,20 @@ def test_real_runners_keep_their_order(exported, labelled):
         assert timed["throughput_per_s"] == pytest.approx(4 / timed["p50_ms"] * 1e3)
     for ratio in document["latency"]["ratios"].values():
         assert ratio["interval"][0] <= ratio["ratio"] <= ratio["interval"][1]
+
+
+@pytest.mark.parametrize(("target", "optimization"), [("tensorrt-rtx", "none"), ("onnxruntime", "all")])
+def test_int8_as_given_runs_as_written_unless_onnxruntime_is_the_target(
+    onnx_model, context, tmp_path, target, optimization
+):
+    model = onnx_model("""g (float[batch, 3] x) => (float[batch, 3] y) <float s = {0.03125}, int8 z = {0}> {
+      q = QuantizeLinear(x, s, z)  d = DequantizeLinear(q, s, z)  y = Relu(d) }""")
+    model = replace(model, signature=replace(model.signature, dims={"batch": DimRange(1, 4, 32)}))
+    x = np.random.default_rng(3).normal(size=(40, 3)).astype(np.float32)
+    recipe = _recipe(passes=[{"use": "build_engine", "target": target}], gate={"max_drop": 5})
+    engine = recipe.target.build(model, tmp_path, context) if target == "onnxruntime" else None
+    stages = [Stage("checkpoint", model, 0)]
+    stages.append(Stage("build_engine", engine or Engine(tmp_path / "engine.plan", target, model.signature), 1))
+    report = validate(stages, recipe, Context(recipe.target, context.scratch, Arrays(x, None, Cosine())))
+    given = report.document["latency"]["runners"]["ONNX as given (int8)"]
+    assert given["settings"]["optimization"] == optimization

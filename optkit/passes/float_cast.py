@@ -20,6 +20,7 @@ from optkit.passes.base import OnnxPass
 from optkit.passes.graph_edit import constant, infer_missing_types, opset, sample_feeds
 from optkit.quantize.linter import is_quantized
 from optkit.quantize.placement.graph import is_int8_product
+from optkit.targets.base import Target
 from optkit.targets.onnxruntime import open_onnx
 
 if TYPE_CHECKING:
@@ -132,14 +133,14 @@ class FloatCast(OnnxPass):
         kept: dict[str, str] = {}
         largest = self.largest_values(model, context)
         for node in model.ir.graph:
-            reason = self._why_float32(node, opset(model.ir), largest)
+            reason = self._why_float32(node, opset(model.ir), largest, context.target)
             if reason is not None:
                 kept[_label(node)] = reason
         _spread(model.ir, kept)
         _spread_over_products(model.ir, kept)
         return kept
 
-    def _why_float32(self, node: ir.Node, version: int, largest: Mapping[str, float]) -> str | None:
+    def _why_float32(self, node: ir.Node, version: int, largest: Mapping[str, float], target: Target) -> str | None:
         ports = Ports.of(node, version, self.to)
         if not ports.floats:
             return None
@@ -149,6 +150,8 @@ class FloatCast(OnnxPass):
             return f"{node.op_type} would overflow or lose digits"
         if not ports.inputs and not ports.outputs:
             return f"{node.domain or 'ai.onnx'}.{node.op_type} takes no {self.to} at opset {version}"
+        if (node.op_type, self.to) in target.dialect.lacks_in:
+            return f"{target.name} has no {node.op_type} in {self.to}"
         return self.why_not(node, largest)
 
     def why_not(self, node: ir.Node, largest: Mapping[str, float]) -> str | None:

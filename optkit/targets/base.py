@@ -85,6 +85,7 @@ class Dialect:
             that the graph holds.
         builder_opset: the highest opset that the builder itself reads, if that is lower: the build lowers the graph.
         lacks: ops that the builder itself lacks: the build expresses them with others.
+        lacks_in: ops that the builder lacks in a float type, as (op, type): they stay in float32.
         explicit: whether the builder needs kernel shapes, zero points and bounds written where ONNX has a default.
         tunes_for_shapes: whether kernels are chosen by shapes, so that the builder should know every fixed size.
         width_multiple: what numbers of channels its kernels take without padding.
@@ -99,6 +100,7 @@ class Dialect:
     typed: bool = True
     builder_opset: int | None = None
     lacks: frozenset[str] = frozenset()
+    lacks_in: frozenset[tuple[str, str]] = frozenset()
     explicit: bool = False
     tunes_for_shapes: bool = False
     width_multiple: int = 8

@@ -84,6 +84,7 @@ class TensorRtTarget(Target):
             typed=typed,
             builder_opset=None if typed else 17,
             lacks=_lacking(features),
+            lacks_in=tensorrt_plan.LACKS_IN if typed else frozenset(),
             explicit=not typed,
             tunes_for_shapes=True,
             width_multiple=16,

@@ -16,6 +16,13 @@ from optkit.targets.worker_client import PYTHON_VARIABLE, Limits, Worker, probe,
 
 PLAN_FILE = "engine.plan"
 
+LACKS_IN = frozenset(
+    {(op, "bfloat16") for op in ("GRU", "HardSwish", "LpNormalization", "MeanVarianceNormalization", "Mish")}
+    | {("MeanVarianceNormalization", "float16")}
+)
+"""What the importer of TensorRT-RTX 1.7 takes in float32 and not in these types. That of TensorRT 10 and 11 is of
+the same family, and was not run."""
+
 _SHOWN_NODES = 5
 
 

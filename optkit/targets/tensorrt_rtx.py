@@ -50,6 +50,8 @@ class TensorRtRtxTarget(Target):
             int8=TENSORRT,
             opsets=(13, 25),
             floats=frozenset({"float32", "float16", "bfloat16"}),
+            # That is Myelin's, not the importer's
+            lacks_in=tensorrt_plan.LACKS_IN | {("ConvTranspose", "bfloat16")},
             tunes_for_shapes=True,
             width_multiple=16,
         )

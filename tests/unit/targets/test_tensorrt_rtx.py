@@ -14,6 +14,7 @@ from pydantic import ValidationError
 
 from optkit.errors import BuildError, UnavailableError
 from optkit.models import DimRange, Engine, OnnxModel
+from optkit.passes.cast_bf16 import CastBf16
 from optkit.passes.cast_fp16 import CastFp16
 from optkit.targets import cuda
 from optkit.targets.onnxruntime import open_onnx
@@ -134,6 +135,25 @@ def test_builds_int8_whose_weights_have_a_channel_too_small_for_fp16(onnx_model,
     model = fill(onnx_model(PRODUCT), {"w": weights, "ws": scales, "wz": np.zeros(64, np.int8)})
     half = CastFp16().run(model, replace(context, target=TARGET))
     assert TARGET.build(half, folder, context).records["network"]["types"]["INT8"] >= 2
+
+
+@pytest.mark.parametrize(("op", "kind"), sorted(TARGET.dialect.lacks_in))
+def test_builds_in_float32_what_it_lacks_in_another_type(onnx_model, folder, context, op, kind):
+    weights = {"ConvTranspose": {"w": (16, 16, 3, 3)}, "GRU": {"w": (1, 24, 8), "r": (1, 24, 8)}}.get(op, {})
+    inputs = "".join(f", float{list(shape)} {name}" for name, shape in weights.items())
+    call = f"{op}<hidden_size=8>" if op == "GRU" else op
+    model = onnx_model(
+        f"""g (float[4,16,8{"" if op == "GRU" else ",8"}] x{inputs}) => (float[4,C,D,E] y) {{
+            a = {call}({", ".join(("x", *weights))}) b = Relu(a) y = Sigmoid(b) }}""",
+        opset=22,
+    )
+    rng = np.random.default_rng(0)
+    values = {name: rng.standard_normal(shape).astype(np.float32) for name, shape in weights.items()}
+    cast = CastFp16(keep_ops=()) if kind == "float16" else CastBf16(keep_ops=())
+    lowered = cast.run(fill(model, values), replace(context, target=TARGET))
+    assert set(lowered.records["kept_float32"].values()) == {f"tensorrt-rtx has no {op} in {kind}"}
+    types = TARGET.build(lowered, folder, context).records["network"]["types"]
+    assert types["HALF" if kind == "float16" else "BF16"] >= 2  # what follows it
 
 
 def test_builds_for_chosen_capabilities(conv, folder, context):

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from optkit.context import Context
+from optkit.emulation import has_halves
 from optkit.errors import BuildError, PassError, UnavailableError, UsageError
 from optkit.models import Engine, Feeds, OnnxModel, Signature
 from optkit.targets.base import (
@@ -48,6 +49,10 @@ LayerNormalization (1.32; 128 and 512 tokens of 384 and 768 features, one thread
 _QUANTIZES = "WeightBiasQuantization"
 """What takes a float weight between DequantizeLinear and QuantizeLinear for a forgotten one, and makes it INT8 with one
 scale for all channels: a layer that was left in float for its accuracy loses the most by just that."""
+
+_CRASHES = "MatmulTransposeFusion"
+"""What fuses a Transpose into an FP16 MatMul, for which there is no kernel: a later optimizer then ends the process by
+a segmentation fault (onnxruntime 1.24, 1.28, 1.30 and 1.32)."""
 
 _ISA_KEY = "optkit.isa"
 _LAYOUT_DOMAIN = "com.microsoft.nchwc"
@@ -337,7 +342,11 @@ def _open_model(model: OnnxModel, options: Any) -> tuple[Any, list[Any]]:
         value.const_value = ir.ExternalTensor("memory", 0, tensor.nbytes, tensor.dtype, shape=shape, name=name)
     options.add_external_initializers(names, held)
     payload = ir.to_proto(graph_only).SerializeToString()
-    disabled = (*_SLOWER, _QUANTIZES) if _has_float_layer_in_int8(model) else _SLOWER
+    disabled = [*_SLOWER]
+    if _has_float_layer_in_int8(model):
+        disabled.append(_QUANTIZES)
+    if has_halves(model):
+        disabled.append(_CRASHES)
     return _create(payload, options, BuildError, "ONNX Runtime does not take the model", disabled), held
 
 

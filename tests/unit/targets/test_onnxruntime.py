@@ -163,6 +163,18 @@ def test_half_precision_survives_the_file(onnx_model, tmp_path, context, rng):
     np.testing.assert_array_equal(y, open_onnx(model).run(feeds)["y"])
 
 
+def test_a_transposed_fp16_product_does_not_end_the_process(onnx_model, tmp_path, context, rng):
+    body = "{ t = Transpose<perm=[1,0,2]>(x) y = MatMul(t, w) }"
+    model = fill(
+        onnx_model(f"g (float16[2,9,32] x, float16[32,96] w) => (float16[9,2,96] y) {body}"),
+        {"w": rng.standard_normal((32, 96)).astype(np.float16)},
+    )
+    target = OnnxRuntimeTarget()
+    feeds = model.signature.random_feeds(rng)
+    y = target.open(target.build(model, tmp_path, context), 1).run(feeds)["y"]
+    np.testing.assert_allclose(y, open_onnx(model, optimize=False).run(feeds)["y"], rtol=2e-2, atol=2e-2)
+
+
 def test_runs_on_the_threads_it_is_given(conv, tmp_path, context):
     target = OnnxRuntimeTarget(execution="parallel", spinning=False, optimization="extended")
     engine = target.build(conv, tmp_path, context)

@@ -20,7 +20,6 @@ from optkit.passes.base import OnnxPass
 from optkit.passes.graph_edit import constant, infer_missing_types, opset, sample_feeds
 from optkit.quantize.linter import is_quantized
 from optkit.quantize.placement.graph import is_int8_product
-from optkit.targets.base import Target
 from optkit.targets.onnxruntime import open_onnx
 
 if TYPE_CHECKING:
@@ -132,15 +131,18 @@ class FloatCast(OnnxPass):
         """Why each node that could be cast, or computes in float32 alone, stays as it is."""
         kept: dict[str, str] = {}
         largest = self.largest_values(model, context)
+        lacks = {op for op, kind in context.target.dialect.lacks_in if kind == self.to}
         for node in model.ir.graph:
-            reason = self._why_float32(node, opset(model.ir), largest, context.target)
+            reason = self._why_float32(node, opset(model.ir), largest)
+            if reason is None and node.op_type in lacks:
+                reason = f"{context.target.name} has no {node.op_type} in {self.to}"
             if reason is not None:
                 kept[_label(node)] = reason
         _spread(model.ir, kept)
         _spread_over_products(model.ir, kept)
         return kept
 
-    def _why_float32(self, node: ir.Node, version: int, largest: Mapping[str, float], target: Target) -> str | None:
+    def _why_float32(self, node: ir.Node, version: int, largest: Mapping[str, float]) -> str | None:
         ports = Ports.of(node, version, self.to)
         if not ports.floats:
             return None
@@ -150,8 +152,6 @@ class FloatCast(OnnxPass):
             return f"{node.op_type} would overflow or lose digits"
         if not ports.inputs and not ports.outputs:
             return f"{node.domain or 'ai.onnx'}.{node.op_type} takes no {self.to} at opset {version}"
-        if (node.op_type, self.to) in target.dialect.lacks_in:
-            return f"{target.name} has no {node.op_type} in {self.to}"
         return self.why_not(node, largest)
 
     def why_not(self, node: ir.Node, largest: Mapping[str, float]) -> str | None:
@@ -300,23 +300,24 @@ def _spread(model: ir.Model, kept: dict[str, str]) -> None:
 def _spread_over_products(model: ir.Model, kept: dict[str, str]) -> None:
     """Keep both scales of a MatMul in float32 if one stays so: TensorRT-RTX 1.7 builds none with two types."""
     products = [node for node in model.graph if node.op_type == "MatMul" and is_int8_product(node)]
-    operands = [[value.producer() for value in node.inputs[:2] if value is not None] for node in products]
+    groups = [[label for value in node.inputs[:2] for label in _labels_of_scale(value)] for node in products]
     known = -1
     while known < len(kept):
         known = len(kept)
-        for pair in operands:
-            if any(node is not None and _label(node) in kept for node in pair):
-                for name in (name for node in pair if node is not None for name in _labels_of_scale(node)):
-                    kept.setdefault(name, "the scale of a product's other operand is float32")
+        for labels in groups:
+            if not kept.keys().isdisjoint(labels):
+                for label in labels:
+                    kept.setdefault(label, "the scale of a product's other operand is float32")
 
 
-def _labels_of_scale(dequantizer: ir.Node) -> list[str]:
-    """A DequantizeLinear, the QuantizeLinear that it reads, and what else reads that: one scale, in one type."""
-    source = dequantizer.inputs[0]
-    quantizer = None if source is None else source.producer()
-    if source is None or quantizer is None:
-        return [_label(dequantizer)]
-    return [_label(quantizer), *(_label(use.node) for use in source.uses())]
+def _labels_of_scale(value: ir.Value | None) -> list[str]:
+    """A value's DequantizeLinear, the QuantizeLinear that it reads, and what else reads that: they share a scale."""
+    dequantizer = None if value is None else value.producer()
+    source = None if dequantizer is None else dequantizer.inputs[0]
+    if dequantizer is None or source is None:
+        return []
+    quantizer = source.producer()
+    return [_label(node) for node in ([dequantizer] if quantizer is None else [quantizer, *source.consumers()])]
 
 
 def _is_exact(node: ir.Node, index: int, exact: Iterable[str]) -> bool:

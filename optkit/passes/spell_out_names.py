@@ -18,8 +18,12 @@ class SpellOutNames(GraphEdit):
 
     use: Literal["spell_out_names"] = "spell_out_names"
 
+    def applies(self, model: ir.Model) -> bool:
+        """Whether a node has no name, or one that another has."""
+        names = [node.name for node in model.graph]
+        return not all(names) or len({*names}) < len(names)
+
     def edit(self, model: ir.Model, context: Context) -> bool:
         """Name what has no name, and number the names that are there twice."""
-        names = [node.name for node in model.graph]
         name_nodes(OnnxModel(model, Signature((), ())))
-        return names != [node.name for node in model.graph]
+        return True

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
@@ -29,11 +31,17 @@ def signature_of(model: ir.Model) -> Signature:
 
 @pytest.fixture
 def onnx_model() -> Callable[..., OnnxModel]:
-    """Make a model from ONNX text: ``g (float[4] x) => (float[4] y) { y = Relu(x) }``."""
+    """Make a model from ONNX text: ``g (float[4] x) => (float[4] y) { y = Relu(x) }``; ``weights`` are no inputs."""
 
-    def make(text: str, opset: int = 20, ir_version: int = 10) -> OnnxModel:
+    def make(
+        text: str, opset: int = 20, ir_version: int = 10, weights: Mapping[str, np.ndarray[Any, Any]] | None = None
+    ) -> OnnxModel:
         header = "" if text.lstrip().startswith("<") else f'<ir_version: {ir_version}, opset_import: ["" : {opset}]> '
         model = ir.from_proto(onnx.parser.parse_model(header + text))
+        for value in [value for value in model.graph.inputs if value.name in (weights or {})]:
+            model.graph.inputs.remove(value)
+            value.const_value = ir.tensor(weights[value.name], name=value.name)
+            model.graph.register_initializer(value)
         return OnnxModel(model, signature_of(model))
 
     return make

@@ -8,7 +8,6 @@ from __future__ import annotations
 from dataclasses import replace
 
 import numpy as np
-import onnx_ir as ir
 import pytest
 
 from optkit.models import OnnxModel
@@ -64,21 +63,14 @@ g (float[4,32,14,14] x, float[32,1,3,3] v, int8[32,32,1,1] w, float[32] ws) => (
 
 
 def network(onnx_model, net: str, op: str) -> OnnxModel:
-    """The op in the net, with weights for what is no input of it."""
-    model = onnx_model(GRAPH % NETS[net].format(op=OPS[op]), opset=17)
+    """The op in the net."""
     rng = np.random.default_rng(0)
     weights = {
         "v": rng.standard_normal((32, 1, 3, 3)).astype(np.float32),
         "w": rng.integers(-127, 128, (32, 32, 1, 1), np.int8),
         "ws": np.linspace(5e-4, 1e-3, 32).astype(np.float32),
     }
-    for value in [value for value in model.ir.graph.inputs if value.name in weights]:
-        model.ir.graph.inputs.remove(value)
-        if value.uses():
-            value.const_value = ir.tensor(weights[value.name], name=value.name)
-            model.ir.graph.register_initializer(value)
-    inputs = tuple(spec for spec in model.signature.inputs if spec.name == "x")
-    return replace(model, signature=replace(model.signature, inputs=inputs))
+    return onnx_model(GRAPH % NETS[net].format(op=OPS[op]), opset=17, weights=weights)
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx_ir as ir
 import pytest
 
 from optkit import bundle as bundles
@@ -171,14 +170,10 @@ def test_builds_an_engine_for_another_kind_of_processor_again(written):
 @pytest.fixture
 def overflowing(onnx_model) -> OnnxModel:
     """A product whose weights fill all eight bits, so that neighbours overflow where they are added in 16."""
-    model = onnx_model(PRODUCT)
     rng = np.random.default_rng(0)
     arrays = {"w": rng.integers(90, 128, (256, 64)).astype(np.int8), "ws": np.full(64, 0.01, np.float32)}
-    for value in [value for value in model.ir.graph.inputs if value.name in arrays]:
-        model.ir.graph.inputs.remove(value)
-        value.const_value = ir.tensor(arrays[value.name], name=value.name)
-        model.ir.graph.register_initializer(value)
-    return replace(model, signature=replace(model.signature, inputs=model.signature.inputs[:1]))
+    made: OnnxModel = onnx_model(PRODUCT, weights=arrays)
+    return made
 
 
 @pytest.mark.parametrize(

@@ -1,16 +1,16 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import replace
+from pathlib import Path
 
 import ml_dtypes
 import numpy as np
 import onnx
-import onnx_ir as ir
 import pytest
 
+from optkit.context import Context
 from optkit.errors import BuildError, PassError, UnavailableError, UsageError
-from optkit.models import Engine, OnnxModel, Signature, TensorSpec
+from optkit.models import Engine, Feeds, OnnxModel, Signature, TensorSpec
 from optkit.targets.cpu import Cpu, this_cpu
 from optkit.targets.onnxruntime import ENGINE_FILE, OnnxRuntimeTarget, open_onnx
 
@@ -36,15 +36,11 @@ g (float[N,3,8,8] x, int8[16,3,3,3] w) => (float[N,16,8,8] y)
 """
 
 
-def fill(model: OnnxModel, values: dict[str, np.ndarray]) -> OnnxModel:
-    """Turn inputs of the graph into weights."""
-    graph = model.ir.graph
-    for value in [value for value in graph.inputs if value.name in values]:
-        graph.inputs.remove(value)
-        value.const_value = ir.tensor(values[value.name], name=value.name)
-        graph.register_initializer(value)
-    inputs = tuple(spec for spec in model.signature.inputs if spec.name not in values)
-    return replace(model, signature=replace(model.signature, inputs=inputs))
+def saved_and_run(model: OnnxModel, folder: Path, context: Context, feeds: Feeds) -> np.ndarray:
+    """What an engine that went through its file gives."""
+    target = OnnxRuntimeTarget()
+    with target.open(target.build(model, folder, context), 1) as runner:
+        return runner.run(feeds)["y"]
 
 
 @pytest.fixture
@@ -55,13 +51,13 @@ def rng():
 @pytest.fixture
 def conv(onnx_model, rng):
     shapes = {"w": (16, 3, 3, 3), "b": (16,), "v": (16, 10)}
-    return fill(onnx_model(CONV), {k: rng.standard_normal(s, dtype=np.float32) for k, s in shapes.items()})
+    return onnx_model(CONV, weights={k: rng.standard_normal(s, dtype=np.float32) for k, s in shapes.items()})
 
 
 @pytest.fixture
 def qdq(onnx_model, rng):
     # Weights near the ends: where uint8 x int8 saturates
-    return fill(onnx_model(QDQ), {"w": rng.choice(np.array([-127, 127], np.int8), (16, 3, 3, 3))})
+    return onnx_model(QDQ, weights={"w": rng.choice(np.array([-127, 127], np.int8), (16, 3, 3, 3))})
 
 
 def test_reads_the_engine_back_bit_for_bit(conv, tmp_path, context, rng):
@@ -100,14 +96,14 @@ def test_shares_weights_of_every_type(onnx_model, rng):
     text = "g (float[1] x, bfloat16[64,64] w) => (float[64,64] y) { c = Cast<to=1>(w) y = Add(c, x) }"
     weights = rng.standard_normal((64, 64)).astype(ml_dtypes.bfloat16)
     weights.flags.writeable = False
-    model = fill(onnx_model(text), {"w": weights.T})
+    model = onnx_model(text, weights={"w": weights.T})
     y = open_onnx(model).run({"x": np.zeros(1, np.float32)})["y"]
     np.testing.assert_array_equal(y, weights.T.astype(np.float32))
 
 
 def test_takes_a_weight_that_no_node_uses(onnx_model, rng):
     text = "g (float[2] x, float[64,64] w) => (float[2] y) { y = Neg(x) }"
-    model = fill(onnx_model(text), {"w": rng.standard_normal((64, 64), dtype=np.float32)})
+    model = onnx_model(text, weights={"w": rng.standard_normal((64, 64), dtype=np.float32)})
     np.testing.assert_array_equal(open_onnx(model).run({"x": np.ones(2, np.float32)})["y"], [-1, -1])
 
 
@@ -136,7 +132,7 @@ def test_a_layer_left_in_float_between_int8_layers_stays_in_float(onnx_model, tm
     text = text.replace("(d, e)", "(d, w)").replace(", float ws = {0.01}, int8 wz = {0}", "")
     weight = rng.standard_normal((16, 3, 3, 3)).astype(np.float32) / 10
     weight[0] *= 100  # with one scale for all channels, those of the others would round to nearly nothing
-    model = fill(onnx_model(text), {"w": weight})
+    model = onnx_model(text, weights={"w": weight})
     feeds = {"x": rng.standard_normal((2, 3, 8, 8)).astype(np.float32)}
     with open_onnx(model, optimize=False) as runner:
         wanted = runner.run(feeds)["y"]
@@ -153,25 +149,23 @@ def test_a_layer_left_in_float_between_int8_layers_stays_in_float(onnx_model, tm
 
 def test_half_precision_survives_the_file(onnx_model, tmp_path, context, rng):
     body = "{ h = Cast<to=10>(x) m = MatMul(h, w) y = Cast<to=1>(m) }"
-    model = fill(
-        onnx_model(f"g (float[2,64] x, float16[64,64] w) => (float[2,64] y) {body}"),
-        {"w": rng.standard_normal((64, 64)).astype(np.float16)},
+    model = onnx_model(
+        f"g (float[2,64] x, float16[64,64] w) => (float[2,64] y) {body}",
+        weights={"w": rng.standard_normal((64, 64)).astype(np.float16)},
     )
-    target = OnnxRuntimeTarget()
     feeds = model.signature.random_feeds(rng)
-    y = target.open(target.build(model, tmp_path, context), 1).run(feeds)["y"]
+    y = saved_and_run(model, tmp_path, context, feeds)
     np.testing.assert_array_equal(y, open_onnx(model).run(feeds)["y"])
 
 
 def test_a_transposed_fp16_product_does_not_end_the_process(onnx_model, tmp_path, context, rng):
     body = "{ t = Transpose<perm=[1,0,2]>(x) y = MatMul(t, w) }"
-    model = fill(
-        onnx_model(f"g (float16[2,9,32] x, float16[32,96] w) => (float16[9,2,96] y) {body}"),
-        {"w": rng.standard_normal((32, 96)).astype(np.float16)},
+    model = onnx_model(
+        f"g (float16[2,9,32] x, float16[32,96] w) => (float16[9,2,96] y) {body}",
+        weights={"w": rng.standard_normal((32, 96)).astype(np.float16)},
     )
-    target = OnnxRuntimeTarget()
     feeds = model.signature.random_feeds(rng)
-    y = target.open(target.build(model, tmp_path, context), 1).run(feeds)["y"]
+    y = saved_and_run(model, tmp_path, context, feeds)
     np.testing.assert_allclose(y, open_onnx(model, optimize=False).run(feeds)["y"], rtol=2e-2, atol=2e-2)
 
 

@@ -8,7 +8,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-import onnx_ir as ir
 import pytest
 from pydantic import ValidationError
 
@@ -56,24 +55,17 @@ g ({float}[1,4,16,64] q, {float}[1,4,16,64] k, {float}[1,4,16,64] v) => ({float}
 """
 
 
-def fill(model: OnnxModel, values: dict[str, np.ndarray]) -> OnnxModel:
-    """Turn inputs of the graph into weights, and let the batch reach from 1 to 32."""
-    graph = model.ir.graph
-    for value in [value for value in graph.inputs if value.name in values]:
-        graph.inputs.remove(value)
-        value.const_value = ir.tensor(values[value.name], name=value.name)
-        graph.register_initializer(value)
-    inputs = tuple(spec for spec in model.signature.inputs if spec.name not in values)
-    return replace(model, signature=replace(model.signature, inputs=inputs, dims={"N": DimRange(1, 8, 32)}))
+def batched(model: OnnxModel) -> OnnxModel:
+    """Let the batch reach from 1 to 32."""
+    return replace(model, signature=replace(model.signature, dims={"N": DimRange(1, 8, 32)}))
 
 
 @pytest.fixture
 def conv(onnx_model):
     def make(kind: str = "float") -> OnnxModel:
         weights = np.random.default_rng(0).standard_normal((16, 16, 3, 3))
-        return fill(
-            onnx_model(CONV.format(float=kind)), {"w": weights.astype(f"{kind}32" if kind == "float" else kind)}
-        )
+        weights = weights.astype(f"{kind}32" if kind == "float" else kind)
+        return batched(onnx_model(CONV.format(float=kind), weights={"w": weights}))
 
     return make
 
@@ -83,7 +75,7 @@ def qdq(onnx_model):
     def make(zero_point: int = 0) -> OnnxModel:
         weights = np.random.default_rng(0).integers(-127, 128, (16, 16, 3, 3), np.int8)
         text = QDQ.replace("ZERO", str(zero_point))
-        return fill(onnx_model(text), {"w": weights, "ws": np.full(16, 0.01, np.float32)})
+        return batched(onnx_model(text, weights={"w": weights, "ws": np.full(16, 0.01, np.float32)}))
 
     return make
 
@@ -132,8 +124,8 @@ def test_builds_int8_whose_weights_have_a_channel_too_small_for_fp16(onnx_model,
     scales = np.full(64, 0.01, np.float32)
     scales[3] = 1e-5
     weights = np.random.default_rng(0).integers(-127, 128, (64, 64), np.int8)
-    model = fill(onnx_model(PRODUCT), {"w": weights, "ws": scales, "wz": np.zeros(64, np.int8)})
-    half = CastFp16().run(model, replace(context, target=TARGET))
+    values = {"w": weights, "ws": scales, "wz": np.zeros(64, np.int8)}
+    half = CastFp16().run(batched(onnx_model(PRODUCT, weights=values)), replace(context, target=TARGET))
     assert TARGET.build(half, folder, context).records["network"]["types"]["INT8"] >= 2
 
 
@@ -142,15 +134,15 @@ def test_builds_in_float32_what_it_lacks_in_another_type(onnx_model, folder, con
     weights = {"ConvTranspose": {"w": (16, 16, 3, 3)}, "GRU": {"w": (1, 24, 8), "r": (1, 24, 8)}}.get(op, {})
     inputs = "".join(f", float{list(shape)} {name}" for name, shape in weights.items())
     call = f"{op}<hidden_size=8>" if op == "GRU" else op
+    rng = np.random.default_rng(0)
     model = onnx_model(
         f"""g (float[4,16,8{"" if op == "GRU" else ",8"}] x{inputs}) => (float[4,C,D,E] y) {{
             a = {call}({", ".join(("x", *weights))}) b = Relu(a) y = Sigmoid(b) }}""",
         opset=22,
+        weights={name: rng.standard_normal(shape).astype(np.float32) for name, shape in weights.items()},
     )
-    rng = np.random.default_rng(0)
-    values = {name: rng.standard_normal(shape).astype(np.float32) for name, shape in weights.items()}
     cast = CastFp16(keep_ops=()) if kind == "float16" else CastBf16(keep_ops=())
-    lowered = cast.run(fill(model, values), replace(context, target=TARGET))
+    lowered = cast.run(model, replace(context, target=TARGET))
     assert set(lowered.records["kept_float32"].values()) == {f"tensorrt-rtx has no {op} in {kind}"}
     types = TARGET.build(lowered, folder, context).records["network"]["types"]
     assert types["HALF" if kind == "float16" else "BF16"] >= 2  # what follows it

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -127,7 +128,7 @@ class Draft:
     def finished(self) -> Placement:
         """The decisions, frozen."""
         tensors = {value.name for value in self.inputs.values() if value.name} | self.outputs.keys()
-        groups = (group & tensors for group in self.one_scale)
+        groups = _united(group & tensors for group in self.one_scale)
         return Placement(
             inputs=frozenset(self.inputs),
             outputs=frozenset(self.outputs),
@@ -136,8 +137,17 @@ class Draft:
             biases=frozenset(self.biases),
             apart=frozenset(self.apart),
             same_scale={name: source for name, source in self.same_scale.items() if name in tensors},
-            one_scale=tuple(frozenset(group) for group in groups if len(group) > 1),
+            one_scale=tuple(group for group in groups if len(group) > 1),
             int8=tuple(self.int8),
             kept_float=dict(self.kept_float),
             tensors=frozenset(tensors),
         )
+
+
+def _united(groups: Iterable[frozenset[str]]) -> list[frozenset[str]]:
+    """Groups that have a tensor in common become one."""
+    united: list[frozenset[str]] = []
+    for group in groups:
+        joined = [other for other in united if other & group]
+        united = [*(other for other in united if other not in joined), group.union(*joined)]
+    return united

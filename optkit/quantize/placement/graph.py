@@ -44,6 +44,17 @@ def is_int8_product(node: ir.Node | None) -> bool:
     return all(producer is not None and producer.op_type == "DequantizeLinear" for producer in producers)
 
 
+def interpolates(node: ir.Node) -> bool:
+    """Whether a node is a Resize that computes new values, as all but those to the nearest do."""
+    mode = node.attributes.get("mode")
+    return node.op_type == "Resize" and mode is not None and mode.as_string() != "nearest"
+
+
+def has_static_shape(value: ir.Value) -> bool:
+    """Whether every size of a tensor is known before it is computed."""
+    return value.shape is not None and value.shape.is_static()
+
+
 def after_activation(value: ir.Value) -> ir.Value:
     """The tensor after the Relu or Clip from zero that is a tensor's only reader, or the tensor itself.
 

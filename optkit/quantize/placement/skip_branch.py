@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from optkit.quantize.placement.draft import Draft
 from optkit.quantize.placement.graph import ACTIVATIONS, after_activation, constant, only_consumer
+from optkit.quantize.placement.resize_int8 import resize_int8
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -30,6 +31,7 @@ def skip_branch(node: ir.Node, draft: Draft) -> bool:
     if not _joins_int8(node, 1 - skip, draft):
         return False
     draft.quantize_input(node, skip)
+    resize_int8(node, skip, draft)
     total = after_activation(node.outputs[0])
     writer, reader = total.producer(), only_consumer(total)
     if writer is None or reader is None or {writer.name, reader.name} & draft.kept_float.keys():

@@ -186,3 +186,71 @@ def test_the_last_residual_sum_is_quantized_for_an_average(net, reader, quantize
     placement = placed(model)
     assert placement.outputs == ({"r"} if quantized else set())
     assert placement.tensors == ({"x", "r"} if quantized else {"x"})
+
+
+@pytest.mark.parametrize(
+    ("mode", "between", "tensors", "group"),
+    [
+        ("linear", "b = Relu(a)", {"x", "r", "b"}, {"r", "b"}),
+        ("linear", "b = Concat <axis = 1> (a)", {"x", "r", "b"}, {"r", "b"}),
+        ("cubic", "b = Relu(a)", {"x", "r", "b"}, {"r", "b"}),
+        ("nearest", "b = Relu(a)", {"x", "b"}, None),
+        ("linear", "b = Exp(a)", {"x", "b"}, None),
+        ("linear", 'm = Resize <mode = "linear"> (a, , two) b = Relu(m)', {"x", "r", "a", "b"}, {"r", "a", "b"}),
+    ],
+)
+def test_what_is_interpolated_for_int8_is_int8_before(net, mode, between, tensors, group):
+    model = net(
+        f"""g (float[2,16,4,4] x) => (float[2,16,h,v] y) <float[4] two = {{1, 1, 2, 2}}> {{
+            c = Conv(x, w) r = Relu(c) a = Resize <mode = "{mode}"> (r, , two) {between} y = Conv(b, w)
+        }}""",
+        w=weight(16, 16, 1, 1),
+    )
+    infer_types(model.ir)
+    placement = placed(model)
+    assert placement.tensors == tensors
+    assert placement.one_scale == ((frozenset(group),) if group else ())
+
+
+@pytest.mark.parametrize(
+    ("rest", "quantized"),
+    [
+        ("f = Conv(x, w) g = Conv(a, w) y = Add(f, g)", True),
+        ("f = Conv(a, w) g = Conv(a, w) y = Add(f, g)", True),
+        ("f = Conv(x, w) y = Add(f, a)", True),  # the skip of a residual addition
+        ("f = Conv(a, w) y = Add(f, a)", True),  # that and a convolution
+        ("f = Conv(a, w) g = Exp(a) y = Add(f, g)", False),
+        ("f = Conv(a, v) y = Exp(f)", False),  # too small for INT8
+        ("f = Conv(a, w) g = Abs(r) y = Add(f, g)", True),
+        ("b = Relu(a) f = Conv(b, w) g = Abs(a) y = Add(f, g)", False),
+    ],
+)
+@pytest.mark.parametrize("batch", [2, "b"])
+def test_what_else_is_read_in_float_is_interpolated_in_float(net, rest, quantized, batch):
+    model = net(
+        f"""g (float[{batch},16,4,4] x) => (float[{batch},c,4,4] y) <float[4] scales = {{1, 1, 1, 1}}> {{
+            r = Exp(x) a = Resize <mode = "linear"> (r, , scales) {rest}
+        }}""",
+        w=weight(16, 16, 1, 1),
+        v=weight(4, 16, 1, 1),
+    )
+    infer_types(model.ir)
+    placement = placed(model)
+    quantized &= batch == 2  # TensorRT 8.5.3 has no kernel for it where shapes are dynamic
+    resize = next(str(node.name) for node in model.ir.graph if node.op_type == "Resize")
+    assert (Use(resize, 0) in placement.inputs) is quantized
+    assert (frozenset({"r", "a"}) in placement.one_scale) is quantized
+    assert place(model, TENSORRT, [resize]).one_scale == ()
+
+
+def test_groups_with_a_tensor_in_common_share_one_scale(net):
+    model = net(
+        """g (float[b,16,4,4] x, float[b,16,4,4] z) => (float[b,16,4,4] y) {
+            a = Relu(x) d = Relu(z) c = Concat <axis = 1> (a, d) e = Concat <axis = 1> (c, d)
+            f = Conv(a, u) g = Conv(c, v) h = Conv(e, w) i = Add(f, g) y = Add(i, h)
+        }""",
+        u=weight(16, 16, 1, 1),
+        v=weight(16, 32, 1, 1),
+        w=weight(16, 48, 1, 1),
+    )
+    assert placed(model).one_scale == (frozenset({"a", "c", "e"}),)

@@ -13,6 +13,7 @@ from optkit.passes.decompose_gelu import DecomposeGelu
 from optkit.passes.decompose_layer_norm import DecomposeLayerNorm
 from optkit.passes.decompose_mish import DecomposeMish
 from optkit.passes.graph_edit import GraphEdit, drift, infer_types, is_same
+from optkit.passes.hold_quantizers import HoldQuantizers
 from optkit.passes.lower_opset import LowerOpset
 from optkit.passes.spell_out_clips import SpellOutClips
 from optkit.passes.spell_out_kernels import SpellOutKernels
@@ -60,7 +61,9 @@ def express(model: OnnxModel, dialect: Dialect, context: Context) -> Legal:
     if not dialect.typed:
         widened = WidenToFloat32().run(after, context)
         done += [WidenToFloat32().use] * bool({"FP16", "BF16"} & set(widened.records[WEAK_TYPES]["precisions"]))
-        after, spelled = _edited(widened, [SpellOutClips()], context)  # those that were not float32 before
+        after, spelled = _edited(
+            widened, [SpellOutClips(), HoldQuantizers()], context
+        )  # Clips that were not float32 before, too
         done += spelled
     if dialect.builder_opset is not None:
         after, lowered = _edited(after, [LowerOpset(to=dialect.builder_opset)], context)

@@ -14,7 +14,9 @@ from optkit.quantize.placement.graph import COMMUTES, is_int8_product, only_cons
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-_MOVES = COMMUTES - {"Cast"} | {"Identity"}  # a Cast to integers would wrap what saturates
+MOVED_ACROSS = COMMUTES - {"Cast"} | {"Identity"}  # a Cast to integers would wrap what saturates
+"""What TensorRT moves a quantizer of floats across, and rightly."""
+
 _CLIPS = frozenset({"Clip", "Max", "Min", "Relu"})
 
 
@@ -24,9 +26,9 @@ class SpellOutClips(GraphEdit):
     TensorRT 8.5.3 moves a quantizer to before a Clip that no kernel takes in, such as that of a ReLU6 behind a
     convolution in float, and then clips the INT8 numbers at the bounds of the floats
     (``benchmarks/gpu/results/efficientnet_lite0-clips-h200.txt``). Across Relu it may move one, since zero stays zero,
-    and across Min (and so Max, which was not run), whose constant it quantizes as well (``clips-h200.txt`` beside
-    that). A bound at which all that read it saturate anyway needs no op. What alone reads a convolution or product in
-    INT8 is computed in its kernel, before it is quantized: there Clip stays where it would take a Max or Min.
+    and across Max and Min, whose constants it quantizes as well (``clips-h200.txt`` beside that). A bound at which all
+    that read it saturate anyway needs no op. What alone reads a convolution or product in INT8 is computed in its
+    kernel, before it is quantized: there Clip stays where it would take a Max or Min.
     """
 
     use: Literal["spell_out_clips"] = "spell_out_clips"
@@ -49,7 +51,7 @@ def _spell_out(model: ir.Model, clip: ir.Node) -> bool:
         return False
     low, high = (clip.inputs[i] if len(clip.inputs) > i else None for i in (1, 2))
     least, most = -np.inf if low is None else scalar(low), np.inf if high is None else scalar(high)
-    quantizers, alone = _readers(result)
+    quantizers, alone = quantizers_behind(result)
     if not quantizers or least is None or most is None or np.isnan([least, most]).any():
         return False
     scales = [_scale(quantizer) if alone else None for quantizer in quantizers]
@@ -74,7 +76,7 @@ def _spell_out(model: ir.Model, clip: ir.Node) -> bool:
     return True
 
 
-def _readers(value: ir.Value) -> tuple[list[ir.Node], bool]:
+def quantizers_behind(value: ir.Value) -> tuple[list[ir.Node], bool]:
     """The quantizers behind a tensor, across all that they may be moved across, and whether nothing else reads it."""
     quantizers, alone = [], True
     ahead, seen = [value], {value}
@@ -86,7 +88,7 @@ def _readers(value: ir.Value) -> tuple[list[ir.Node], bool]:
             if op == "QuantizeLinear" and use.idx == 0:
                 quantizers.append(use.node)
                 continue
-            moves = op in _MOVES and (use.idx == 0 or op == "Concat")
+            moves = op in MOVED_ACROSS and (use.idx == 0 or op == "Concat")
             alone &= moves and not (op == "MaxPool" and any(output.uses() for output in use.node.outputs[1:]))
             if moves or op in _CLIPS:
                 ahead += [output for output in use.node.outputs if output not in seen]

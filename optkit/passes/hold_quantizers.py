@@ -1,0 +1,109 @@
+"""Keeps a quantizer on its side of an op that TensorRT 8.5 moves it across wrongly."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+import numpy as np
+
+from optkit.context import Context
+from optkit.passes.graph_edit import GraphEdit, constant
+from optkit.passes.spell_out_clips import MOVED_ACROSS, quantizers_behind
+from optkit.quantize.placement.draft import WEIGHTED
+from optkit.quantize.placement.graph import has_static_shape, interpolates
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+_RIGHT = (
+    MOVED_ACROSS
+    | WEIGHTED
+    | {"Abs", "Add", "ArgMax", "AveragePool", "BatchNormalization", "Clip", "CumSum", "DepthToSpace", "Einsum", "Elu"}
+    | {"Erf", "Expand", "GlobalAveragePool", "HardSigmoid", "LeakyRelu", "Max", "Min", "Mod", "Mul", "Neg", "PRelu"}
+    | {"Pad", "Pow", "QuantizeLinear", "ReduceL1", "ReduceL2", "ReduceLogSumExp", "ReduceMean", "ReduceProd"}
+    | {"ReduceSum", "Relu", "Shape", "Sigmoid", "Softmax", "Softplus", "Sub", "Tanh", "ThresholdedRelu", "Tile", "TopK"}
+)
+"""What TensorRT 8.5.3 was run with right behind a DequantizeLinear, and computes the same; what is not here is held."""
+
+
+class HoldQuantizers(GraphEdit):
+    """Puts a ``LeakyRelu`` of slope 1, which changes no number, between a quantizer and an op that must not cross it.
+
+    TensorRT 8.5.3 moves nothing across a LeakyRelu. A DequantizeLinear that ``Gather``, ``Where`` or their like read it
+    takes into their kernel, and there divides by the scale instead of multiplying with it; before ``ReduceMax`` it
+    refuses it. It moves quantizers across a ``Resize`` that interpolates, so that numbers are rounded and saturate
+    before, and has no kernel for that where shapes are dynamic: a Resize is left alone only where shapes are static and
+    what it reads is INT8 with the scale of what it writes (``benchmarks/gpu/results/quantizers-h200.txt``).
+    """
+
+    use: Literal["hold_quantizers"] = "hold_quantizers"
+    touches: ClassVar[frozenset[str]] = frozenset({"QuantizeLinear", "DequantizeLinear"})
+
+    def edit(self, model: ir.Model, context: Context) -> bool:
+        """Hold what is dequantized before an op, and what is quantized behind a Resize."""
+        changed = False
+        for node in list(model.graph):
+            interpolated = interpolates(node)
+            if node.domain or node.op_type in _RIGHT or (node.op_type == "Resize" and not interpolated):
+                continue
+            if interpolated:
+                quantizers, alone = quantizers_behind(node.outputs[0])
+                static = has_static_shape(node.outputs[0])
+                if quantizers and alone and static and _has_their_scale(node.inputs[0], quantizers):
+                    continue
+                if quantizers:
+                    _hold_output(node)
+                    changed = True
+            for position, value in enumerate(node.inputs):
+                if value is not None and _is_dequantized(value):
+                    _hold_input(node, position, value)
+                    changed = True
+        return changed
+
+
+def _is_dequantized(value: ir.Value) -> bool:
+    """Whether a float32 tensor, or a part of it, is dequantized, across all that TensorRT moves that across."""
+    import onnx_ir as ir
+
+    producer = value.producer()
+    if producer is None or value.dtype != ir.DataType.FLOAT:
+        return False
+    if producer.op_type == "DequantizeLinear":
+        return True
+    sources = producer.inputs if producer.op_type == "Concat" else producer.inputs[:1]
+    return producer.op_type in MOVED_ACROSS and any(_is_dequantized(source) for source in sources if source is not None)
+
+
+def _has_their_scale(value: ir.Value | None, quantizers: list[ir.Node]) -> bool:
+    """Whether a tensor is dequantized with the scale and zero point of all these quantizers."""
+    dequantizer = None if value is None else value.producer()
+    if dequantizer is None or dequantizer.op_type != "DequantizeLinear":
+        return False
+    grid, *others = ([constant(part) for part in node.inputs[1:3]] for node in (dequantizer, *quantizers))
+    return all(part is not None for part in grid) and all(
+        len(other) == len(grid) and all(map(np.array_equal, grid, other)) for other in others
+    )
+
+
+def _hold_input(node: ir.Node, position: int, value: ir.Value) -> None:
+    held = _held(value, f"{node.name}.held_{position}")
+    assert node.graph is not None
+    node.graph.insert_before(node, held)
+    node.replace_input_with(position, held.outputs[0])
+
+
+def _hold_output(node: ir.Node) -> None:
+    value = node.outputs[0]
+    held = _held(value, f"{node.name}.held")
+    value.replace_all_uses_with(held.outputs[0])
+    held.replace_input_with(0, value)
+    assert node.graph is not None
+    node.graph.insert_after(node, held)
+
+
+def _held(value: ir.Value, name: str) -> ir.Node:
+    import onnx_ir as ir
+
+    held = ir.node("LeakyRelu", [value], attributes={"alpha": 1.0}, num_outputs=1, name=name)
+    held.outputs[0].name, held.outputs[0].type, held.outputs[0].shape = name, value.type, value.shape
+    return held

@@ -262,6 +262,8 @@ def _refresh_shapes(model: ir.Model) -> None:
             value.shape = inferred.shape
         if value.type is None:
             value.type = inferred.type
+        if value.type is None:
+            value.shape = None  # a sequence: PyTorch notes the shape of what it was split from
 
 
 def _inner_values(model: ir.Model) -> list[ir.Value]:

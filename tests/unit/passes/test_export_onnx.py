@@ -63,6 +63,12 @@ class OnlyTracing(nn.Module):
         return x + torch.from_numpy(np.sort(x.detach().numpy()))
 
 
+class Halves(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        left, right = x.split(3, dim=1)
+        return torch.cat([right, left], 1)
+
+
 class TwoStates(nn.Module):
     def forward(self, x: torch.Tensor, h: torch.Tensor, c: torch.Tensor) -> dict[str, torch.Tensor]:
         return {"first": x + 2 * h, "second": x - c}
@@ -114,6 +120,13 @@ def test_names_dimensions_and_weights_arrive(export: Any, capfd: Any, caplog: An
     onnx.checker.check_model(ir.to_proto(model.ir), full_check=True)
     assert not module.training
     assert all(torch.equal(value, before[name]) for name, value in module.state_dict().items())
+
+
+def test_a_split_tensor_exports_without_a_word(export: Any, capfd: Any, caplog: Any) -> None:
+    model = export(Halves())
+    assert "SplitToSequence" in [node.op_type for node in model.ir.graph]
+    assert capfd.readouterr() == ("", "")
+    assert not caplog.records
 
 
 @pytest.mark.parametrize("name", ["linear", "linear.weight", "val_0"])

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
 
 from optkit.context import Context
 from optkit.passes.graph_edit import GraphEdit, constant
-from optkit.passes.spell_out_clips import MOVED_ACROSS, quantizers_behind
+from optkit.passes.spell_out_clips import quantizers_behind
 from optkit.quantize.placement.draft import WEIGHTED
-from optkit.quantize.placement.graph import has_static_shape, interpolates
+from optkit.quantize.placement.graph import MOVED_ACROSS, has_static_shapes, interpolates
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -32,8 +32,9 @@ class HoldQuantizers(GraphEdit):
     TensorRT 8.5.3 moves nothing across a LeakyRelu. A DequantizeLinear that ``Gather``, ``Where`` or their like read it
     takes into their kernel, and there divides by the scale instead of multiplying with it; before ``ReduceMax`` it
     refuses it. It moves quantizers across a ``Resize`` that interpolates, so that numbers are rounded and saturate
-    before, and has no kernel for that where shapes are dynamic: a Resize is left alone only where shapes are static and
-    what it reads is INT8 with the scale of what it writes (``benchmarks/gpu/results/quantizers-h200.txt``).
+    before, and has no kernel for that where shapes are dynamic: a Resize is left alone only where shapes are static,
+    what it reads is INT8 with the scale of what it writes, and nothing reads that in float
+    (``benchmarks/gpu/results/quantizers-h200.txt``). The bodies of If and Loop are left as they are.
     """
 
     use: Literal["hold_quantizers"] = "hold_quantizers"
@@ -48,8 +49,7 @@ class HoldQuantizers(GraphEdit):
                 continue
             if interpolated:
                 quantizers, alone = quantizers_behind(node.outputs[0])
-                static = has_static_shape(node.outputs[0])
-                if quantizers and alone and static and _has_their_scale(node.inputs[0], quantizers):
+                if quantizers and alone and has_static_shapes(node) and _has_their_scale(node.inputs[0], quantizers):
                     continue
                 if quantizers:
                     _hold_output(node)
@@ -65,13 +65,20 @@ def _is_dequantized(value: ir.Value) -> bool:
     """Whether a float32 tensor, or a part of it, is dequantized, across all that TensorRT moves that across."""
     import onnx_ir as ir
 
-    producer = value.producer()
-    if producer is None or value.dtype != ir.DataType.FLOAT:
-        return False
-    if producer.op_type == "DequantizeLinear":
-        return True
-    sources = producer.inputs if producer.op_type == "Concat" else producer.inputs[:1]
-    return producer.op_type in MOVED_ACROSS and any(_is_dequantized(source) for source in sources if source is not None)
+    ahead, seen = [value], {value}
+    while ahead:
+        tensor = ahead.pop()
+        producer = tensor.producer()
+        if producer is None or tensor.dtype != ir.DataType.FLOAT:
+            continue
+        if producer.op_type == "DequantizeLinear":
+            return True
+        if producer.op_type in MOVED_ACROSS:
+            sources = producer.inputs if producer.op_type == "Concat" else producer.inputs[:1]
+            new = {source for source in sources if source is not None} - seen
+            ahead += new
+            seen |= new
+    return False
 
 
 def _has_their_scale(value: ir.Value | None, quantizers: list[ir.Node]) -> bool:
@@ -81,24 +88,34 @@ def _has_their_scale(value: ir.Value | None, quantizers: list[ir.Node]) -> bool:
         return False
     grid, *others = ([constant(part) for part in node.inputs[1:3]] for node in (dequantizer, *quantizers))
     return all(part is not None for part in grid) and all(
-        len(other) == len(grid) and all(map(np.array_equal, grid, other)) for other in others
+        len(other) == len(grid) and all(map(_equal, grid, other)) for other in others
     )
 
 
+def _equal(one: np.ndarray[Any, Any], other: np.ndarray[Any, Any] | None) -> bool:
+    return other is not None and one.dtype == other.dtype and np.array_equal(one, other)
+
+
 def _hold_input(node: ir.Node, position: int, value: ir.Value) -> None:
-    held = _held(value, f"{node.name}.held_{position}")
+    held = _held(value, f"{_label(node)}.held_{position}")
     assert node.graph is not None
     node.graph.insert_before(node, held)
     node.replace_input_with(position, held.outputs[0])
 
 
 def _hold_output(node: ir.Node) -> None:
+    """All that reads the first output reads it held; where it is an output of the graph, that stays as it is."""
     value = node.outputs[0]
-    held = _held(value, f"{node.name}.held")
-    value.replace_all_uses_with(held.outputs[0])
-    held.replace_input_with(0, value)
+    uses = tuple(value.uses())
+    held = _held(value, f"{_label(node)}.held")
+    for use in uses:
+        use.node.replace_input_with(use.idx, held.outputs[0])
     assert node.graph is not None
     node.graph.insert_after(node, held)
+
+
+def _label(node: ir.Node) -> str | None:
+    return node.name or node.outputs[0].name
 
 
 def _held(value: ir.Value, name: str) -> ir.Node:

@@ -61,15 +61,21 @@ def express(model: OnnxModel, dialect: Dialect, context: Context) -> Legal:
     if not dialect.typed:
         widened = WidenToFloat32().run(after, context)
         done += [WidenToFloat32().use] * bool({"FP16", "BF16"} & set(widened.records[WEAK_TYPES]["precisions"]))
-        after, spelled = _edited(
-            widened, [SpellOutClips(), HoldQuantizers()], context
-        )  # Clips that were not float32 before, too
-        done += spelled
+        after, changed = _edited(widened, [SpellOutClips(), HoldQuantizers()], context)  # some Clips were FP16 before
+        after = _held_alike(after)
+        done += changed
     if dialect.builder_opset is not None:
         after, lowered = _edited(after, [LowerOpset(to=dialect.builder_opset)], context)
         done += lowered
     # A clone, because saving a model moves its weights about while it lasts
     return Legal(after, partial(_check, model, after.clone(), done, context) if done else lambda: None)
+
+
+def _held_alike(model: OnnxModel) -> OnnxModel:
+    """What ``HoldQuantizers`` put behind a node that is to compute in float32 does so, too."""
+    weak, names = model.records[WEAK_TYPES], {node.name for node in model.ir.graph}
+    held = [name for exact in weak["float32"] if (name := f"{exact}.held") in names]
+    return model.with_record(WEAK_TYPES, {**weak, "float32": [*weak["float32"], *held]}) if held else model
 
 
 def _check(model: OnnxModel, after: OnnxModel, done: list[str], context: Context) -> None:

@@ -9,13 +9,10 @@ import numpy as np
 from optkit.context import Context
 from optkit.passes.graph_edit import GraphEdit, constant, replace, scalar, sweep
 from optkit.passes.tape import Tape
-from optkit.quantize.placement.graph import COMMUTES, is_int8_product, only_consumer
+from optkit.quantize.placement.graph import MOVED_ACROSS, is_int8_product, only_consumer
 
 if TYPE_CHECKING:
     import onnx_ir as ir
-
-MOVED_ACROSS = COMMUTES - {"Cast"} | {"Identity"}  # a Cast to integers would wrap what saturates
-"""What TensorRT moves a quantizer of floats across, and rightly."""
 
 _CLIPS = frozenset({"Clip", "Max", "Min", "Relu"})
 

@@ -22,6 +22,9 @@ MOVES = frozenset({"Flatten", "Reshape", "Squeeze", "Transpose", "Unsqueeze"})
 COMMUTES = MOVES | {"Cast", "Concat", "MaxPool", "Slice", "Split"}
 """Ops that TensorRT moves a quantization across."""
 
+MOVED_ACROSS = COMMUTES - {"Cast"} | {"Identity"}  # a Cast to integers would wrap what saturates
+"""What it moves one of floats across, and rightly."""
+
 
 def constant(value: ir.Value | None) -> ir.TensorProtocol | None:
     """The data of an initializer or a Constant node."""
@@ -47,12 +50,13 @@ def is_int8_product(node: ir.Node | None) -> bool:
 def interpolates(node: ir.Node) -> bool:
     """Whether a node is a Resize that computes new values, as all but those to the nearest do."""
     mode = node.attributes.get("mode")
-    return node.op_type == "Resize" and mode is not None and mode.as_string() != "nearest"
+    return node.op_type == "Resize" and node.domain == "" and mode is not None and mode.as_string() != "nearest"
 
 
-def has_static_shape(value: ir.Value) -> bool:
-    """Whether every size of a tensor is known before it is computed."""
-    return value.shape is not None and value.shape.is_static()
+def has_static_shapes(node: ir.Node) -> bool:
+    """Whether every size of what a node reads first and of what it writes first is known before it is computed."""
+    shapes = [value.shape for value in (node.inputs[0], node.outputs[0]) if value is not None]
+    return all(shape is not None and shape.is_static() for shape in shapes)
 
 
 def after_activation(value: ir.Value) -> ir.Value:

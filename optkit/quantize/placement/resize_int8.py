@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from optkit.quantize.placement.draft import Draft, Use
-from optkit.quantize.placement.graph import ACTIVATIONS, COMMUTES, has_static_shape, interpolates, only_consumer
+from optkit.quantize.placement.graph import MOVED_ACROSS, constant, has_static_shapes, interpolates, only_consumer
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -17,27 +17,37 @@ def resize_int8(node: ir.Node, index: int, draft: Draft) -> None:
     TensorRT 8.5.3 moves the quantizer to before the Resize anyway, and what is larger before it would saturate; kept
     from that, a decoder took 2.2 times as long. Where shapes are dynamic it has no such kernel, and nothing is in INT8
     before (``benchmarks/gpu/results/quantizers-h200.txt``).
+
+    Of several nodes that read a tensor, this does something for the last, when all of them are known to read INT8.
     """
     value = node.inputs[index]
     if value is None or not all(Use(str(use.node.name), use.idx) in draft.inputs for use in value.uses()):
         return
     for resize in _resizes_above(value):
-        if resize.name in draft.kept_float:  # the recipe excludes it
+        source = resize.inputs[0]
+        # A Resize in float is one that the recipe excludes; a constant is not calibrated
+        if source is None or constant(source) is not None or resize.name in draft.kept_float:
             continue
         draft.quantize_input(resize, 0)
-        source = resize.inputs[0]
-        draft.one_scale.append(frozenset(each.name for each in (source, value) if each is not None and each.name))
+        draft.one_scale.append(frozenset(str(each.name) for each in (source, value)))
+        resize_int8(resize, 0, draft)
 
 
 def _resizes_above(value: ir.Value) -> list[ir.Node]:
-    """The interpolations whose result a quantizer of a tensor would be moved across."""
-    producer = value.producer()
-    if producer is None or value.is_graph_output():
-        return []
-    found = [producer] if interpolates(producer) and has_static_shape(value) else []
-    crosses = bool(found) or producer.op_type in COMMUTES | ACTIVATIONS
-    sources = producer.inputs if producer.op_type == "Concat" else producer.inputs[:1]
-    for source in sources if crosses else ():
-        if source is not None and only_consumer(source) is producer:
-            found += _resizes_above(source)
+    """The interpolations behind which TensorRT would not leave a quantizer of a tensor."""
+    found, ahead = [], [value]
+    while ahead:
+        tensor = ahead.pop()
+        node = tensor.producer()
+        if node is None or tensor.is_graph_output():
+            continue
+        if interpolates(node) and has_static_shapes(node):
+            found.append(node)
+        elif node.op_type in MOVED_ACROSS and not any(_is_read(other) for other in node.outputs if other is not tensor):
+            sources = node.inputs if node.op_type == "Concat" else node.inputs[:1]
+            ahead += [source for source in sources if source is not None and only_consumer(source) is node]
     return found
+
+
+def _is_read(value: ir.Value) -> bool:
+    return bool(value.uses()) or value.is_graph_output()

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import numpy as np
+import onnx
+import onnx_ir as ir
 import pytest
 
 from optkit.passes.graph_edit import infer_types
@@ -56,9 +58,33 @@ def test_holds_what_tensorrt_would_move_wrongly(onnx_model, context, body, held)
         np.testing.assert_array_equal(runner.run(feeds)["y"], before.run(feeds)["y"])
 
 
-def test_holds_a_resize_of_a_dynamic_shape_for_which_tensorrt_has_no_int8(onnx_model, context):
-    body = f"b = Resize{RESIZE.format(source='d')} {BEHIND.format(scale='s')}"
-    model = onnx_model(GRAPH.format(body=body).replace("[1,4,6,6]", "[N,4,6,6]"), opset=17)
+def test_an_output_of_the_graph_keeps_its_name_and_reads_what_is_not_held(onnx_model, context):
+    text = GRAPH.format(body=f"b = Resize{RESIZE.format(source='x')} {BEHIND.format(scale='s')}")
+    model = onnx_model(text.replace("=> (", "=> (float[E,F,G,H] b, "), opset=17)
+    infer_types(model.ir)
+    after = HoldQuantizers().run(model, context)
+    producers = {node.outputs[0].name: node for node in after.ir.graph}
+    assert producers["b"].op_type == "Resize"
+    assert producers["p"].inputs[0].producer().op_type == "LeakyRelu"
+    onnx.checker.check_model(ir.to_proto(after.ir), full_check=True)
+
+
+def test_holds_where_only_the_kind_of_the_numbers_differs(onnx_model, context):
+    body = f"b = Resize{RESIZE.format(source='d')} p = QuantizeLinear(b, s, u) y = DequantizeLinear(p, s, u)"
+    model = onnx_model(GRAPH.format(body=body).replace("int8 z", "uint8 u = {0}, int8 z"), opset=17)
+    infer_types(model.ir)
+    assert [node.op_type for node in HoldQuantizers().run(model, context).ir.graph].count("LeakyRelu") == 2
+
+
+@pytest.mark.parametrize("shape", ["[N,4,6,6]", "[1,4,H,W]"])
+def test_holds_a_resize_of_a_dynamic_shape_for_which_tensorrt_has_no_int8(onnx_model, context, shape):
+    body = f'b = Resize<mode="linear">(d, , , sizes) {BEHIND.format(scale="s")}'
+    text = (
+        GRAPH.format(body=body)
+        .replace("[1,4,6,6]", shape)
+        .replace("float one", "int64[4] sizes = {1,4,8,8}, float one")
+    )
+    model = onnx_model(text, opset=17)
     infer_types(model.ir)
     after = HoldQuantizers().run(model, context)
     assert [node.op_type for node in after.ir.graph][2:5] == ["LeakyRelu", "Resize", "LeakyRelu"]

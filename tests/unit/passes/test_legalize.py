@@ -88,6 +88,18 @@ def test_does_not_hold_to_float32_what_reads_int8_behind_casts_that_go(onnx_mode
     assert ops(legal) == ["QuantizeLinear", "DequantizeLinear", "ReduceMean", "Abs", "Cast"]
 
 
+def test_what_is_held_behind_a_node_in_float32_is_in_float32(onnx_model, context):
+    body = """{
+        h = Cast<to=10>(x) r = Relu(h) f = Cast<to=1>(r) [up] e = Resize<mode="linear">(f, , two)
+        q = QuantizeLinear(e, s, z) d = DequantizeLinear(q, s, z) c = Cast<to=10>(d) y = Abs(c)
+    }"""
+    weights = "<float s = {0.1}, int8 z = {0}, float[4] two = {1,1,2,2}>"
+    model = onnx_model(f"g (float[N,2,4,4] x) => (float16[N,2,8,8] y) {weights} {body}")
+    legal = legalize(model, TENSORRT_8, context)
+    assert legal.records[WEAK_TYPES] == {"precisions": ["FP16", "INT8"], "float32": ["up", "up.held"]}
+    assert same(model, legal) > 50
+
+
 def test_keeps_an_fp16_input(onnx_model, context):
     model = onnx_model("g (float16[N,4] x) => (float16[N,4] y) { y = Relu(x) }")
     legal = legalize(model, TENSORRT_8, context)

@@ -8,6 +8,7 @@ import onnx
 import onnx_ir as ir
 import pytest
 
+from optkit.passes.hold_quantizers import HoldQuantizers
 from optkit.quantize.calibration import scales
 from optkit.quantize.linter import lint
 from optkit.quantize.measure import decibels, noise_to_signal, outputs_of
@@ -167,3 +168,32 @@ def test_products_with_a_bias_become_int8_kernels_whatever_is_known_of_the_shape
     assert not lint(after, ONNXRUNTIME)
     if not corrected:
         assert sqnr(model, after, data) > 30
+
+
+@pytest.mark.parametrize(
+    ("up", "held"),
+    [
+        ("a = Resize <mode = 'linear'> (r, , two) y = Conv(a, w)", 0),
+        ("a = Resize <mode = 'linear'> (r, , one) b = Concat <axis = 1> (a, x) y = Conv(b, v)", 0),
+        ("a = Resize <mode = 'linear'> (r, , one) c = Conv(x, w) y = Add(c, a)", 0),
+        ("a = Resize <mode = 'linear'> (r, , two) b = Resize <mode = 'cubic'> (a, , two) y = Conv(b, w)", 0),
+        ("a = Resize <mode = 'linear'> (r, , two) b = Relu(a) y = Conv(b, w)", 1),
+        ("a = Resize <mode = 'linear'> (r, , two) b = Exp(a) c = Conv(a, w) y = Add(b, c)", 1),
+        ("a = Resize (r, , two) y = Conv(a, w)", 0),
+    ],
+)
+def test_tensorrt_is_not_kept_from_what_is_placed_for_it(net, array_data, context, up, held):
+    model = net(
+        f"""g (float[2,16,4,4] x) => (float[2,16,h,v] y)
+          <float[4] one = {{1, 1, 1, 1}}, float[4] two = {{1, 1, 2, 2}}> {{ r = Conv(x, w) {up} }}""".replace("'", '"'),
+        w=np.random.default_rng(0).standard_normal((16, 16, 1, 1)).astype("f"),
+        v=np.random.default_rng(0).standard_normal((16, 32, 1, 1)).astype("f"),
+    )
+    name_nodes(model)
+    placement = place(model, TENSORRT)
+    data = array_data({"x": np.random.default_rng(1).standard_normal((8, 16, 4, 4)).astype("f")})
+    statistics = observe(model, placement.observed, data.batches("calibration", 2))
+    ranges = scales(placement, statistics, TENSORRT, "max")
+    written = write(model, Quantization(placement, ranges, quantize_weights(model, placement, TENSORRT, ranges)))
+    after = HoldQuantizers().run(written, context)
+    assert [node.op_type for node in after.ir.graph].count("LeakyRelu") == held

@@ -12,6 +12,7 @@ from optkit.models import OnnxModel
 from optkit.passes.decompose_gelu import DecomposeGelu
 from optkit.passes.decompose_layer_norm import DecomposeLayerNorm
 from optkit.passes.decompose_mish import DecomposeMish
+from optkit.passes.fold_biases import FoldBiases
 from optkit.passes.graph_edit import GraphEdit, drift, infer_types, is_same
 from optkit.passes.hold_quantizers import HoldQuantizers
 from optkit.passes.lower_opset import LowerOpset
@@ -56,6 +57,8 @@ def express(model: OnnxModel, dialect: Dialect, context: Context) -> Legal:
         PassError: a node cannot be expressed; the message names it.
     """
     steps: list[GraphEdit] = [step for step in _DECOMPOSE if step.touches & dialect.lacks]
+    if dialect.int8 is not None and dialect.int8.bias == "float":
+        steps.append(FoldBiases())
     named = SpellOutNames().run(model, context)
     after, done = _edited(named, [*steps, *_SPELL_OUT] if dialect.explicit else steps, context)
     if not dialect.typed:

@@ -45,13 +45,14 @@ class Tape:
     def scalar(self, name: str, number: float) -> ir.Value:
         """A constant of the results' element type."""
         assert self._like.dtype is not None  # types were inferred
-        return self._constant(name, np.asarray(number, self._like.dtype.numpy()))
+        return self.constant(name, np.asarray(number, self._like.dtype.numpy()))
 
     def integers(self, name: str, numbers: Sequence[int]) -> ir.Value:
         """A constant list of INT64."""
-        return self._constant(name, np.asarray(numbers, np.int64))
+        return self.constant(name, np.asarray(numbers, np.int64))
 
-    def _constant(self, name: str, array: np.ndarray[Any, Any]) -> ir.Value:
+    def constant(self, name: str, array: np.ndarray[Any, Any]) -> ir.Value:
+        """An array as a constant."""
         import onnx_ir as ir
 
         tensor = ir.tensor(array, name=f"{self._base}.{name}")

@@ -8,11 +8,14 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import onnx_ir as ir
 import pytest
+from onnxruntime.quantization import CalibrationDataReader, quantize_static
 from pydantic import ValidationError
 
 from optkit.errors import BuildError, UnavailableError
 from optkit.models import DimRange, Engine, OnnxModel
+from optkit.passes.build_engine import BuildEngine
 from optkit.passes.cast_bf16 import CastBf16
 from optkit.passes.cast_fp16 import CastFp16
 from optkit.targets import cuda
@@ -85,6 +88,17 @@ def folder(tmp_path):
     path = tmp_path / "engine"
     path.mkdir()
     return path
+
+
+class Samples(CalibrationDataReader):
+    """What ONNX Runtime's quantizer calibrates with."""
+
+    def __init__(self, batches):
+        self._batches = iter(batches)
+
+    def get_next(self):
+        batch = next(self._batches, None)
+        return None if batch is None else {"x": batch}
 
 
 def files(folder: Path) -> list[str]:
@@ -200,6 +214,27 @@ def test_names_the_nodes_that_it_cannot_take(onnx_model, folder, context):
     assert "node 'number 2' (Det)" in message
     assert "node 'fused' (com.microsoft.BiasGelu): TensorRT has no such operator: build from a model that" in message
     assert files(folder) == []
+
+
+def test_builds_what_onnx_runtime_quantizes_symmetrically(onnx_model, folder, context, tmp_path):
+    """It stores biases in INT32."""
+    rng = np.random.default_rng(0)
+    weights = {"w": rng.standard_normal((16, 16, 3, 3)).astype("f"), "b": rng.standard_normal(16).astype("f")}
+    text = "g (float[2,16,8,8] x, float[16,16,3,3] w, float[16] b) => (float[2,16,6,6] y) { y = Conv(x, w, b) }"
+    in_float = onnx_model(text, opset=17, weights=weights)
+    ir.save(in_float.ir, tmp_path / "float.onnx")
+    quantize_static(
+        tmp_path / "float.onnx",
+        tmp_path / "int8.onnx",
+        Samples(rng.standard_normal((8, 2, 16, 8, 8)).astype("f")),
+        per_channel=True,
+        extra_options={"ActivationSymmetric": True},
+    )
+    model = OnnxModel(ir.load(tmp_path / "int8.onnx"), in_float.signature)
+    with pytest.raises(BuildError, match="it dequantizes INT32"):
+        TARGET.build(model, folder, context)
+    engine = BuildEngine(target=TARGET).run(model, replace(context, target=TARGET))
+    assert engine.path.stat().st_size > 0
 
 
 def test_says_what_is_wrong_with_int8(qdq, folder, context, onnx_model):

@@ -35,6 +35,7 @@ from optkit.quantize.scales import RangeMethod, WeightMethod
 from optkit.quantize.smooth_quant import smooth
 from optkit.quantize.trial import Trial, keep_better
 from optkit.targets.base import Int8Policy, quote
+from optkit.targets.onnxruntime import fuses_exactly
 from optkit.tunable import Tunable
 
 if TYPE_CHECKING:
@@ -252,7 +253,8 @@ class QuantizeInt8(OnnxPass):
             raise PostconditionError("the linter objects to what was written: " + "; ".join(map(str, broken[:5])))
         batches = list(_batches(after, context.data, size=1, limit=4))
         batches = batches or [Batch(sample_feeds(after.signature, context), None)]
-        for name, array in outputs_of(after, batches, context.threads)[0].items():
+        fused = fuses_exactly(self._policy(context))
+        for name, array in outputs_of(after, batches, context.threads, optimize=fused)[0].items():
             if not np.isfinite(array).all():
                 raise PostconditionError(f"output {name!r} of the quantized model is not finite: is the float one's?")
 

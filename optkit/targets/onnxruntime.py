@@ -54,6 +54,11 @@ _CRASHES = "MatmulTransposeFusion"
 """What fuses a Transpose into an FP16 MatMul, for which there is no kernel: a later optimizer then ends the process by
 a segmentation fault (onnxruntime 1.24, 1.28, 1.30 and 1.32)."""
 
+_MISTYPES = "QDQPropagationTransformer"
+"""What moves quantizers about and, from opset 21 on, writes the type of those of INT8 on them (onnxruntime 1.32): on
+x86 another optimizer then makes them UINT8 but for that, and ONNX Runtime refuses its own work
+(github.com/microsoft/onnxruntime/issues/25526)."""
+
 _ISA_KEY = "optkit.isa"
 _LAYOUT_DOMAIN = "com.microsoft.nchwc"
 
@@ -347,7 +352,17 @@ def _open_model(model: OnnxModel, options: Any) -> tuple[Any, list[Any]]:
         disabled.append(_QUANTIZES)
     if has_halves(model):
         disabled.append(_CRASHES)
+    if _has_signed_quantizers_of_opset_21(model):
+        disabled.append(_MISTYPES)
     return _create(payload, options, BuildError, "ONNX Runtime does not take the model", disabled), held
+
+
+def _has_signed_quantizers_of_opset_21(model: OnnxModel) -> bool:
+    import onnx_ir as ir
+
+    quantizers = (node for node in model.ir.graph if node.op_type == "QuantizeLinear")
+    zeros = (zero for node in quantizers for zero in node.inputs[2:] if zero is not None)
+    return model.ir.opset_imports.get("", 0) >= 21 and any(zero.dtype == ir.DataType.INT8 for zero in zeros)
 
 
 def _has_float_layer_in_int8(model: OnnxModel) -> bool:

@@ -169,6 +169,20 @@ def test_a_transposed_fp16_product_does_not_end_the_process(onnx_model, tmp_path
     np.testing.assert_allclose(y, open_onnx(model, optimize=False).run(feeds)["y"], rtol=2e-2, atol=2e-2)
 
 
+def test_builds_signed_int8_of_opset_21(onnx_model, tmp_path, context, rng):
+    """ONNX Runtime fuses the product and its bias into a Gemm behind a Reshape, and moves the quantizer across that."""
+    model = onnx_model(
+        """g (float[2,16,32] x, int8[32,64] w, float[64] b) => (float[2,16,64] y) <float s = {0.02}, int8 z = {0}> {
+            q = QuantizeLinear(x, s, z) d = DequantizeLinear(q, s, z) e = DequantizeLinear(w, s, z)
+            p = MatMul(d, e) y = Add(p, b) }""",
+        opset=21,
+        weights={"w": rng.integers(-64, 64, (32, 64), np.int8), "b": rng.standard_normal(64).astype(np.float32)},
+    )
+    feeds = {"x": rng.standard_normal((2, 16, 32)).astype(np.float32)}
+    y = saved_and_run(model, tmp_path, context, feeds)
+    np.testing.assert_allclose(y, open_onnx(model, optimize=False).run(feeds)["y"], atol=0.05)
+
+
 def test_runs_on_the_threads_it_is_given(conv, tmp_path, context):
     target = OnnxRuntimeTarget(execution="parallel", spinning=False, optimization="extended")
     engine = target.build(conv, tmp_path, context)

@@ -19,7 +19,7 @@ from optkit.numerics import compare
 from optkit.passes.base import OnnxPass
 from optkit.passes.graph_edit import constant, infer_missing_types, opset, sample_feeds
 from optkit.quantize.linter import is_quantized
-from optkit.quantize.placement.graph import is_int8_product
+from optkit.quantize.placement.graph import is_int8_product, is_read
 from optkit.targets.onnxruntime import open_onnx
 
 if TYPE_CHECKING:
@@ -202,7 +202,7 @@ def probing(model: OnnxModel, context: Context) -> Iterator[Callable[[Feeds], Va
         str(value.name)
         for node in probed.ir.graph
         for value in node.outputs
-        if value.name and value.dtype is not None and value.dtype.is_floating_point() and value.uses()
+        if value.name and value.dtype is not None and value.dtype.is_floating_point() and is_read(value)
     ]
     outputs.extend(
         value

@@ -39,6 +39,11 @@ def only_consumer(value: ir.Value) -> ir.Node | None:
     return uses[0].node if len(uses) == 1 and not value.is_graph_output() else None
 
 
+def is_read(value: ir.Value) -> bool:
+    """Whether a node reads a tensor or it is an output of the graph."""
+    return bool(value.uses()) or value.is_graph_output()
+
+
 def is_int8_product(node: ir.Node | None) -> bool:
     """Whether both operands of a convolution or matrix product come out of a DequantizeLinear."""
     if node is None or node.op_type not in WEIGHTED:

@@ -132,6 +132,15 @@ def test_every_sample_is_looked_at(onnx_model: Any, context: Context) -> None:
     assert kept(CastFp16(samples=20).run(onnx_model(GROWING), with_data)) == {}
 
 
+def test_an_output_beyond_the_range_is_computed_in_float32(onnx_model: Any, context: Context) -> None:
+    model = onnx_model("g (float[n,2] x) => (float[n,2] y) { a = Abs(x) y = Mul(a, a) }")
+    with_data = replace(context, data=Samples(300.0))  # type: ignore[arg-type]
+    after = CastFp16().run(model, with_data)
+    assert kept(after) == {"y": "'y' reaches 9e+04 on calibration data"}
+    with open_onnx(after) as runner:
+        np.testing.assert_array_equal(runner.run({"x": np.full((1, 2), 300, np.float32)})["y"], 9e4)
+
+
 def test_an_input_beyond_the_range_is_not_cast(onnx_model: Any, context: Context) -> None:
     model = onnx_model("g (float[n,2] x) => (float[n,2] y) <float k = {0.00002}> { a = Mul(x, k) y = Relu(a) }")
     with_data = replace(context, data=Samples(90_000.0))  # type: ignore[arg-type]

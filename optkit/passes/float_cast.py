@@ -17,7 +17,7 @@ from optkit.errors import PostconditionError, PreconditionError, did_you_mean
 from optkit.models import Feeds, OnnxModel
 from optkit.numerics import compare
 from optkit.passes.base import OnnxPass
-from optkit.passes.graph_edit import constant, infer_missing_types, opset, sample_feeds
+from optkit.passes.graph_edit import constant, infer_missing_types, label, opset, sample_feeds
 from optkit.quantize.linter import is_quantized
 from optkit.quantize.placement.graph import is_int8_product, is_read
 from optkit.targets.onnxruntime import open_onnx
@@ -106,7 +106,7 @@ class FloatCast(OnnxPass):
 
     def requires(self, model: OnnxModel, context: Context) -> None:
         """Refuse names in ``keep`` that the graph does not have."""
-        known = {name for node in model.ir.graph for name in (_label(node), node.op_type)}
+        known = {name for node in model.ir.graph for name in (label(node), node.op_type)}
         for name in self.keep:
             if name not in known:
                 raise PreconditionError(
@@ -137,7 +137,7 @@ class FloatCast(OnnxPass):
             if reason is None and node.op_type in lacks:
                 reason = f"{context.target.name} has no {node.op_type} in {self.to}"
             if reason is not None:
-                kept[_label(node)] = reason
+                kept[label(node)] = reason
         _spread(model.ir, kept)
         _spread_over_products(model.ir, kept)
         return kept
@@ -146,7 +146,7 @@ class FloatCast(OnnxPass):
         ports = Ports.of(node, version, self.to)
         if not ports.floats:
             return None
-        if {_label(node), node.op_type} & {*self.keep}:
+        if {label(node), node.op_type} & {*self.keep}:
             return "the recipe keeps it"
         if node.op_type in self.keep_ops:
             return f"{node.op_type} would overflow or lose digits"
@@ -276,25 +276,20 @@ def _is_float(value: ir.Value | None) -> bool:
     return value is not None and value.dtype == ir.DataType.FLOAT
 
 
-def _label(node: ir.Node) -> str:
-    """The node's name; the one of its first output if it has none."""
-    return str(node.name or node.outputs[0].name)
-
-
 def _spread(model: ir.Model, kept: dict[str, str]) -> None:
     """Keep the cheap nodes between float32 nodes, and those that compute indices, in float32 as well."""
     nodes = list(model.graph)
     for node in nodes:
         made = [value.producer() for value in node.inputs if _is_float(value) and constant(value) is None and value]
-        if node.op_type in SMALL_STEPS and made and all(p is not None and _label(p) in kept for p in made):
-            kept.setdefault(_label(node), "its inputs are float32")
+        if node.op_type in SMALL_STEPS and made and all(p is not None and label(p) in kept for p in made):
+            kept.setdefault(label(node), "its inputs are float32")
     exact: set[str] = set()
     for node in reversed(nodes):
         uses = [use for value in node.outputs if _is_float(value) for use in value.uses()]
         cheap = node.op_type in SMALL_STEPS or node.op_type in ("Cast", "Range", "Clip")
         if cheap and uses and all(_is_exact(use.node, use.idx, exact) for use in uses):
-            exact.add(_label(node))
-            kept.setdefault(_label(node), "it computes sizes or indices")
+            exact.add(label(node))
+            kept.setdefault(label(node), "it computes sizes or indices")
 
 
 def _spread_over_products(model: ir.Model, kept: dict[str, str]) -> None:
@@ -317,13 +312,13 @@ def _labels_of_scale(value: ir.Value | None) -> list[str]:
     if dequantizer is None or source is None:
         return []
     quantizer = source.producer()
-    return [_label(node) for node in ([dequantizer] if quantizer is None else [quantizer, *source.consumers()])]
+    return [label(node) for node in ([dequantizer] if quantizer is None else [quantizer, *source.consumers()])]
 
 
 def _is_exact(node: ir.Node, index: int, exact: Iterable[str]) -> bool:
     """Whether an input is a size or an index: it becomes an integer, or the op takes it in float32 only."""
     becomes_integer = node.op_type == "Cast" and not any(_is_float(value) for value in node.outputs)
-    return becomes_integer or (node.op_type == "Resize" and index > 0) or _label(node) in exact
+    return becomes_integer or (node.op_type == "Resize" and index > 0) or label(node) in exact
 
 
 class _Rewrite:
@@ -339,7 +334,7 @@ class _Rewrite:
         self.ports = {
             node: ports
             for node in model.graph
-            if _label(node) not in kept and ((ports := Ports.of(node, version, to)).inputs or ports.outputs)
+            if label(node) not in kept and ((ports := Ports.of(node, version, to)).inputs or ports.outputs)
         }
 
     def run(self) -> bool:

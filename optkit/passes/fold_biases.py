@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
 from optkit.context import Context
 from optkit.passes.graph_edit import GraphEdit, constant, sweep
 from optkit.passes.tape import Tape
+from optkit.quantize.linter import is_int32
+from optkit.quantize.placement.graph import attribute
+from optkit.quantize.scales import along
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -21,7 +24,10 @@ class FoldBiases(GraphEdit):
     """
 
     use: Literal["fold_biases"] = "fold_biases"
-    touches: ClassVar[frozenset[str]] = frozenset({"DequantizeLinear"})
+
+    def applies(self, model: ir.Model) -> bool:
+        """Whether there is one."""
+        return any(map(is_int32, model.graph))
 
     def edit(self, model: ir.Model, context: Context) -> bool:
         """Fold every one whose numbers and scale are constants."""
@@ -39,12 +45,11 @@ class FoldBiases(GraphEdit):
 
 def _dequantized(node: ir.Node) -> np.ndarray[Any, Any] | None:
     """What a DequantizeLinear of a constant INT32 gives, whose zero point ONNX wants to be 0."""
-    if node.op_type != "DequantizeLinear" or node.domain or node.outputs[0].is_graph_output():
+    if not is_int32(node) or node.domain or node.outputs[0].is_graph_output():
         return None
     numbers, scale = (constant(value) for value in node.inputs[:2])
-    if numbers is None or scale is None or numbers.dtype != np.int32 or scale.ndim > 1:
+    if numbers is None or scale is None or scale.ndim > 1:
         return None
-    if scale.ndim and numbers.ndim > 1:
-        channels = node.attributes.get_int("axis", 1) % numbers.ndim
-        scale = np.expand_dims(scale, [axis for axis in range(numbers.ndim) if axis != channels])
+    if scale.ndim and numbers.ndim:
+        scale = along(scale, numbers.ndim, attribute(node, "axis", 1) % numbers.ndim)
     return np.asarray(numbers.astype(scale.dtype) * scale)

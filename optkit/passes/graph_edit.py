@@ -104,6 +104,11 @@ def sweep(model: ir.Model) -> None:
     common.RemoveUnusedOpsetsPass()(model)
 
 
+def label(node: ir.Node) -> str:
+    """The node's name; the one of its first output if it has none."""
+    return str(node.name or node.outputs[0].name)
+
+
 def opset(model: ir.Model) -> int:
     """The version of ai.onnx that the model imports."""
     return model.graph.opset_imports.get("", 1)

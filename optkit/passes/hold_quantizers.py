@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
-
-import numpy as np
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from optkit.context import Context
-from optkit.passes.graph_edit import GraphEdit, constant
+from optkit.passes.graph_edit import GraphEdit, constant, label
 from optkit.passes.spell_out_clips import quantizers_behind
+from optkit.quantize.linter import same_parameters
 from optkit.quantize.placement.draft import WEIGHTED
-from optkit.quantize.placement.graph import MOVED_ACROSS, has_static_shapes, interpolates
+from optkit.quantize.placement.graph import MOVED_ACROSS, has_static_shapes, interpolates, moved
 
 if TYPE_CHECKING:
     import onnx_ir as ir
+
+BEHIND = ".held"
+"""Follows a node's name in that of the LeakyRelu behind it."""
 
 _RIGHT = (
     MOVED_ACROSS
@@ -40,14 +42,15 @@ class HoldQuantizers(GraphEdit):
     use: Literal["hold_quantizers"] = "hold_quantizers"
     touches: ClassVar[frozenset[str]] = frozenset({"QuantizeLinear", "DequantizeLinear"})
 
+    def applies(self, model: ir.Model) -> bool:
+        """Whether there are quantizers, and an op that may be wrong beside one."""
+        return super().applies(model) and any(map(_may_be_wrong, model.graph))
+
     def edit(self, model: ir.Model, context: Context) -> bool:
         """Hold what is dequantized before an op, and what is quantized behind a Resize."""
         changed = False
-        for node in list(model.graph):
-            interpolated = interpolates(node)
-            if node.domain or node.op_type in _RIGHT or (node.op_type == "Resize" and not interpolated):
-                continue
-            if interpolated:
+        for node in filter(_may_be_wrong, list(model.graph)):
+            if interpolates(node):
                 quantizers, alone = quantizers_behind(node.outputs[0])
                 if quantizers and alone and has_static_shapes(node) and _has_their_scale(node.inputs[0], quantizers):
                     continue
@@ -59,6 +62,12 @@ class HoldQuantizers(GraphEdit):
                     _hold_input(node, position, value)
                     changed = True
         return changed
+
+
+def _may_be_wrong(node: ir.Node) -> bool:
+    if node.domain or node.op_type in _RIGHT or node.op_type == "DequantizeLinear":  # that reads numbers, not floats
+        return False
+    return node.op_type != "Resize" or interpolates(node)
 
 
 def _is_dequantized(value: ir.Value) -> bool:
@@ -73,11 +82,9 @@ def _is_dequantized(value: ir.Value) -> bool:
             continue
         if producer.op_type == "DequantizeLinear":
             return True
-        if producer.op_type in MOVED_ACROSS:
-            sources = producer.inputs if producer.op_type == "Concat" else producer.inputs[:1]
-            new = {source for source in sources if source is not None} - seen
-            ahead += new
-            seen |= new
+        new = {*moved(producer)} - seen
+        ahead += new
+        seen |= new
     return False
 
 
@@ -86,18 +93,13 @@ def _has_their_scale(value: ir.Value | None, quantizers: list[ir.Node]) -> bool:
     dequantizer = None if value is None else value.producer()
     if dequantizer is None or dequantizer.op_type != "DequantizeLinear":
         return False
-    grid, *others = ([constant(part) for part in node.inputs[1:3]] for node in (dequantizer, *quantizers))
-    return all(part is not None for part in grid) and all(
-        len(other) == len(grid) and all(map(_equal, grid, other)) for other in others
-    )
-
-
-def _equal(one: np.ndarray[Any, Any], other: np.ndarray[Any, Any] | None) -> bool:
-    return other is not None and one.dtype == other.dtype and np.array_equal(one, other)
+    grids = [node.inputs[1:3] for node in (dequantizer, *quantizers)]
+    known = all(len(grid) == len(grids[0]) and all(constant(part) is not None for part in grid) for grid in grids)
+    return known and all(same_parameters(dequantizer, quantizer) for quantizer in quantizers)
 
 
 def _hold_input(node: ir.Node, position: int, value: ir.Value) -> None:
-    held = _held(value, f"{_label(node)}.held_{position}")
+    held = _held(value, f"{label(node)}.held_{position}")
     assert node.graph is not None
     node.graph.insert_before(node, held)
     node.replace_input_with(position, held.outputs[0])
@@ -107,15 +109,11 @@ def _hold_output(node: ir.Node) -> None:
     """All that reads the first output reads it held; where it is an output of the graph, that stays as it is."""
     value = node.outputs[0]
     uses = tuple(value.uses())
-    held = _held(value, f"{_label(node)}.held")
+    held = _held(value, label(node) + BEHIND)
     for use in uses:
         use.node.replace_input_with(use.idx, held.outputs[0])
     assert node.graph is not None
     node.graph.insert_after(node, held)
-
-
-def _label(node: ir.Node) -> str | None:
-    return node.name or node.outputs[0].name
 
 
 def _held(value: ir.Value, name: str) -> ir.Node:

@@ -14,7 +14,7 @@ from optkit.passes.decompose_layer_norm import DecomposeLayerNorm
 from optkit.passes.decompose_mish import DecomposeMish
 from optkit.passes.fold_biases import FoldBiases
 from optkit.passes.graph_edit import GraphEdit, drift, infer_types, is_same
-from optkit.passes.hold_quantizers import HoldQuantizers
+from optkit.passes.hold_quantizers import BEHIND, HoldQuantizers
 from optkit.passes.lower_opset import LowerOpset
 from optkit.passes.spell_out_clips import SpellOutClips
 from optkit.passes.spell_out_kernels import SpellOutKernels
@@ -77,7 +77,7 @@ def express(model: OnnxModel, dialect: Dialect, context: Context) -> Legal:
 def _held_alike(model: OnnxModel) -> OnnxModel:
     """What ``HoldQuantizers`` put behind a node that is to compute in float32 does so, too."""
     weak, names = model.records[WEAK_TYPES], {node.name for node in model.ir.graph}
-    held = [name for exact in weak["float32"] if (name := f"{exact}.held") in names]
+    held = [name for exact in weak["float32"] if (name := exact + BEHIND) in names]
     return model.with_record(WEAK_TYPES, {**weak, "float32": [*weak["float32"], *held]}) if held else model
 
 

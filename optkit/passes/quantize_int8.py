@@ -244,17 +244,17 @@ class QuantizeInt8(OnnxPass):
     def ensures(self, before: OnnxModel, after: OnnxModel, context: Context) -> None:
         """The target can take every Q/DQ pair, nothing that was promised runs in float, and outputs are finite."""
         promised = set(after.records["quantization"]["int8"])
+        policy = self._policy(context)
         broken = [
             finding
-            for finding in lint(after, self._policy(context))
+            for finding in lint(after, policy)
             if finding.is_error or (finding.rule in _PROMISES and finding.node in promised)
         ]
         if broken:
             raise PostconditionError("the linter objects to what was written: " + "; ".join(map(str, broken[:5])))
         batches = list(_batches(after, context.data, size=1, limit=4))
         batches = batches or [Batch(sample_feeds(after.signature, context), None)]
-        fused = fuses_exactly(self._policy(context))
-        for name, array in outputs_of(after, batches, context.threads, optimize=fused)[0].items():
+        for name, array in outputs_of(after, batches, context.threads, optimize=fuses_exactly(policy))[0].items():
             if not np.isfinite(array).all():
                 raise PostconditionError(f"output {name!r} of the quantized model is not finite: is the float one's?")
 

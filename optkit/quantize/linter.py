@@ -164,17 +164,18 @@ def _pairs(node: ir.Node, policy: Int8Policy) -> Iterator[Finding]:
     source = _producer(node.inputs[0]) if node.inputs else None
     if source is None or not _reads_activation(node):
         return
-    if _is(node, "DequantizeLinear") and _is(source, "QuantizeLinear") and not _same_parameters(source, node):
+    if _is(node, "DequantizeLinear") and _is(source, "QuantizeLinear") and not same_parameters(source, node):
         yield Finding(
             "E4", _name(node), f"reads another type, scale or zero point than {_name(source)} wrote", "share them"
         )
-    if _is(node, "QuantizeLinear") and _is(source, "DequantizeLinear") and not _same_parameters(source, node):
+    if _is(node, "QuantizeLinear") and _is(source, "DequantizeLinear") and not same_parameters(source, node):
         yield Finding(
             "W4", _name(node), f"quantizes again what {_name(source)} dequantized, at another scale", "share one pair"
         )
 
 
-def _same_parameters(one: ir.Node, other: ir.Node) -> bool:
+def same_parameters(one: ir.Node, other: ir.Node) -> bool:
+    """Whether two Q or DQ nodes have one scale and zero point, as far as these are constants."""
     for index in (1, 2):
         a, b = _parameter(one, index), _parameter(other, index)
         if a is not None and b is not None and (a.dtype != b.dtype or not np.array_equal(a, b)):
@@ -202,7 +203,7 @@ def _weights(node: ir.Node, policy: Int8Policy) -> Iterator[Finding]:
         if problem is not None:
             yield Finding("W5", name, problem, f"leave it in float: exclude: [{name}]")
     bias = node.inputs[2] if len(node.inputs) > 2 else None
-    if policy.bias == "float" and _is_int32(_producer(bias)):
+    if policy.bias == "float" and is_int32(_producer(bias)):
         yield Finding("E3", name, "its bias is INT32", "keep the bias in float")
     if policy.bias == "int32":
         yield from _float_gemm(node)
@@ -217,7 +218,7 @@ def _float_gemm(node: ir.Node) -> Iterator[Finding]:
         mend = "make it a Gemm with an INT32 bias, or give the bias a dimension of 1 before its own"
         yield Finding("W13", name, "with its Add it becomes a float Gemm", mend)
     bias = node.inputs[2] if node.op_type == "Gemm" and len(node.inputs) > 2 else None
-    if bias is not None and not _is_int32(_producer(bias)) and not _reaches_quantize(node):
+    if bias is not None and not is_int32(_producer(bias)) and not _reaches_quantize(node):
         yield Finding("W13", name, "its bias is float", "store it as INT32 behind a DequantizeLinear")
 
 
@@ -227,7 +228,8 @@ def _stored(dequantize: ir.Node) -> ir.Value | None:
     return source.inputs[0] if source is not None and source.op_type == "QuantizeLinear" else dequantize.inputs[0]
 
 
-def _is_int32(dequantize: ir.Node | None) -> bool:
+def is_int32(dequantize: ir.Node | None) -> bool:
+    """Whether a node dequantizes a constant INT32, as biases are."""
     if dequantize is None or dequantize.op_type != "DequantizeLinear":
         return False
     stored = constant(dequantize.inputs[0])

@@ -54,7 +54,7 @@ class QuantizedWeight:
     @property
     def dequantized(self) -> Array:
         """What the kernels compute with."""
-        real: Array = self.values.astype(np.float32) * _along(self.scale, self.values.ndim, self.axis)
+        real: Array = self.values.astype(np.float32) * along(self.scale, self.values.ndim, self.axis)
         return real
 
 
@@ -243,7 +243,7 @@ def quantize_weight(
     # A dead channel stores zeros; its scale still grids its bias, so it gets one like the others
     usual = float(np.median(reach[alive])) if alive.any() else 1.0
     scale = np.maximum(np.where(alive, reach, usual) / 127, np.maximum(smallest, MIN_SCALE)).astype(np.float32)
-    values = np.clip(np.rint(weight / _along(scale, weight.ndim, axis)), -127, 127).astype(np.int8)
+    values = np.clip(np.rint(weight / along(scale, weight.ndim, axis)), -127, 127).astype(np.int8)
     return QuantizedWeight(values, scale, axis)
 
 
@@ -258,7 +258,8 @@ def _best_shrinkage(rows: Array, reach: Array) -> Array:
     return best
 
 
-def _along(scale: Array, rank: int, axis: int) -> Array:
+def along(scale: Array, rank: int, axis: int) -> Array:
+    """Scales, one for each index along an axis of a tensor of that rank, in a shape that multiplies with it."""
     shape = [1] * rank
     shape[axis] = -1
     return scale.reshape(shape)

@@ -26,6 +26,13 @@ MOVED_ACROSS = COMMUTES - {"Cast"} | {"Identity"}  # a Cast to integers would wr
 """What it moves one of floats across, and rightly."""
 
 
+def moved(node: ir.Node) -> list[ir.Value]:
+    """What a node of ``MOVED_ACROSS`` moves, which are its inputs but for sizes and indices; nothing for any other."""
+    if node.op_type not in MOVED_ACROSS:
+        return []
+    return [value for value in node.inputs[: None if node.op_type == "Concat" else 1] if value is not None]
+
+
 def constant(value: ir.Value | None) -> ir.TensorProtocol | None:
     """The data of an initializer or a Constant node."""
     import onnx_ir as ir

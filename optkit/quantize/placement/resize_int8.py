@@ -5,14 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from optkit.quantize.placement.draft import Draft, Use
-from optkit.quantize.placement.graph import (
-    MOVED_ACROSS,
-    constant,
-    has_static_shapes,
-    interpolates,
-    is_read,
-    only_consumer,
-)
+from optkit.quantize.placement.graph import constant, has_static_shapes, interpolates, is_read, moved, only_consumer
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -50,7 +43,6 @@ def _resizes_above(value: ir.Value) -> list[ir.Node]:
             continue
         if interpolates(node) and has_static_shapes(node):
             found.append(node)
-        elif node.op_type in MOVED_ACROSS and not any(is_read(other) for other in node.outputs if other is not tensor):
-            sources = node.inputs if node.op_type == "Concat" else node.inputs[:1]
-            ahead += [source for source in sources if source is not None and only_consumer(source) is node]
+        elif not any(is_read(other) for other in node.outputs if other is not tensor):
+            ahead += [source for source in moved(node) if only_consumer(source) is node]
     return found

@@ -21,10 +21,10 @@ from optkit.targets.base import ORT_CPU, TENSORRT
 ONNXRUNTIME = replace(ORT_CPU, sums_in_16_bits=True)
 
 
-def quantization_of(model, data, policy):
+def quantization_of(model, data, policy, size=32):
     name_nodes(model)
     placement = place(model, policy)
-    statistics = observe(model, placement.observed, data.batches("calibration", 32))
+    statistics = observe(model, placement.observed, data.batches("calibration", size))
     activations = scales(placement, statistics, policy, "max")
     return Quantization(placement, activations, quantize_weights(model, placement, policy, activations))
 
@@ -189,11 +189,6 @@ def test_tensorrt_is_not_kept_from_what_is_placed_for_it(net, array_data, contex
         w=np.random.default_rng(0).standard_normal((16, 16, 1, 1)).astype("f"),
         v=np.random.default_rng(0).standard_normal((16, 32, 1, 1)).astype("f"),
     )
-    name_nodes(model)
-    placement = place(model, TENSORRT)
     data = array_data({"x": np.random.default_rng(1).standard_normal((8, 16, 4, 4)).astype("f")})
-    statistics = observe(model, placement.observed, data.batches("calibration", 2))
-    ranges = scales(placement, statistics, TENSORRT, "max")
-    written = write(model, Quantization(placement, ranges, quantize_weights(model, placement, TENSORRT, ranges)))
-    after = HoldQuantizers().run(written, context)
+    after = HoldQuantizers().run(write(model, quantization_of(model, data, TENSORRT, size=2)), context)
     assert [node.op_type for node in after.ir.graph].count("LeakyRelu") == held
